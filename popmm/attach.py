@@ -1,0 +1,214 @@
+"""Wires partitions and phases to a model, and takes them off again."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe
+from popmm.adapters.base import find_decoder
+from popmm.budget import check_ffn_ratio, ratio_of, region_sizes
+from popmm.config import PopConfig
+from popmm.phase import Arguments, Phase, input_shape
+from popmm.site import PrunedFFN
+from popmm.state import PartitionState
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_GUARD = "_popmm_guard"
+_MISSING = object()
+
+
+def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> PartitionState:
+    """Prunes the FFNs of ``model`` online from now on, in place, until ``detach(model)``.
+
+    Args:
+        model: a transformers decoder-only or vision-language model, in eval mode, with its
+            floating-point weights loaded.
+        config: how to prune; ``PopConfig(**settings)`` if None.
+
+    Returns:
+        The model's partition state. Use the model as before: ``model.generate(...)``.
+
+    Raises:
+        UnsupportedModelError: quantised or offloaded weights, or no FFN of a known form.
+        ValueError: a ratio that this model cannot reach, or training mode.
+        RuntimeError: already attached.
+    """
+    config = PopConfig(**settings) if config is None else config.replace(**settings)
+    decoder = find_decoder(model)
+    if decoder in _ATTACHED:
+        raise RuntimeError(
+            f"this {type(model).__name__} is attached already ({_ATTACHED[decoder].state!r}): "
+            "call popmm.detach(model) first"
+        )
+    _check_weights(model)
+    if model.training or decoder.training:
+        raise ValueError(f"this {type(model).__name__} is in training mode: call model.eval() before popmm.attach")
+    description = describe(model)
+    attachment = _build(model, description, config)
+    attachment.install()
+    _ATTACHED[decoder] = attachment
+    return attachment.state
+
+
+def detach(model: nn.Module) -> None:
+    """Gives the model back as it was before ``attach``.
+
+    Raises:
+        RuntimeError: the model is not attached, or another thread is running it.
+    """
+    attachment = _ATTACHED.get(find_decoder(model))
+    if attachment is None:
+        raise RuntimeError(f"this {type(model).__name__} is not attached: call popmm.attach(model, config) first")
+    with attachment.phase.exclusive("detach"):
+        attachment.remove()
+        del _ATTACHED[attachment.decoder()]
+
+
+@contextmanager
+def pruned(model: nn.Module, config: PopConfig | None = None, **settings) -> Iterator[PartitionState]:
+    """``attach`` for the length of a ``with`` block; detaches also when its body raises."""
+    state = attach(model, config, **settings)
+    try:
+        yield state
+    finally:
+        if find_decoder(model) in _ATTACHED:
+            detach(model)
+
+
+@dataclass
+class _Attachment:
+    """What was put on a model, and what stood there before."""
+
+    decoder: Callable[[], nn.Module]  # weak reference
+    state: PartitionState
+    phase: Phase
+    overrides: list[tuple[Any, str, Any]]  # (module, attribute, value to set)
+    hooks: list[tuple[nn.Module, Callable]]  # (module, forward pre-hook)
+    replaced: list[tuple[Any, str, Any]] = field(default_factory=list)
+    handles: list = field(default_factory=list)
+
+    def install(self) -> None:
+        for module, attribute, value in self.overrides:
+            self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
+            module.__dict__[attribute] = value
+        self.handles = [module.register_forward_pre_hook(hook) for module, hook in self.hooks]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module, attribute, before in reversed(self.replaced):
+            if before is _MISSING:
+                module.__dict__.pop(attribute, None)
+            else:
+                module.__dict__[attribute] = before
+        self.handles, self.replaced = [], []
+
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
+
+
+def _build(model: nn.Module, description: ModelDescription, config: PopConfig) -> _Attachment:
+    """Everything that can fail, before anything of the model is touched."""
+    missing = [i for i in config.skip_layers if i >= len(description.layers)]
+    if missing:
+        raise ValueError(f"skip_layers={config.skip_layers}: this model has layers 0 to {len(description.layers) - 1}")
+    if config.ffn_ratio is None:
+        ratio = ratio_of(description, config.pruning_ratio, config.skip_layers, config.shared_experts)
+    else:
+        ratio = check_ffn_ratio(config.ffn_ratio)
+    ffns, left_dense = [], []
+    for site in description.sites():
+        _check_site(site)
+        if site.layer in config.skip_layers:
+            left_dense.append(site)
+        elif not site.shared or config.shared_experts == "prune":
+            sizes = region_sizes(site.weights().d_ff, ratio, config.candidate_fraction)
+            ffns.append(PrunedFFN(site, sizes, config))
+    phase = Phase(ffns)
+    state = PartitionState(config, ratio, ffns, left_dense, phase)
+
+    decoder = description.decoder
+    overrides: list[tuple[Any, str, Any]] = [(decoder, "forward", _phased(decoder.forward, phase))]
+    overrides.append((decoder, _GUARD, _NoCopy()))
+    if hasattr(model, "generate"):
+        overrides.append((model, "generate", _exclusive(model.generate, phase)))
+    hooks = []
+    for ffn in ffns:
+        ffn.wire(phase)
+        overrides.append((ffn.site.module, "forward", ffn.forward))
+        hooks.append((ffn.site.down, ffn.observe))
+    return _Attachment(weakref.ref(decoder), state, phase, overrides, hooks)
+
+
+def _phased(forward: Callable, phase: Phase) -> Callable:
+    """The decoder's forward, run in the phase that each call is."""
+    read = Arguments(forward)
+    run = torch.compiler.disable(phase.run)
+
+    @functools.wraps(forward)
+    def phased_forward(*args, **kwargs):
+        arguments = read(args, kwargs)
+        if torch.compiler.is_compiling() and phase.decoding and input_shape(arguments)[1] == 1:
+            return forward(*args, **kwargs)
+        return run(forward, args, kwargs, arguments)
+
+    return phased_forward
+
+
+def _exclusive(generate: Callable, phase: Phase) -> Callable:
+    """``generate``, refused to a second thread from its first token to its last."""
+
+    @functools.wraps(generate)
+    def exclusive_generate(*args, **kwargs):
+        with phase.exclusive("generate"):
+            return generate(*args, **kwargs)
+
+    return exclusive_generate
+
+
+class _NoCopy:
+    """Stands on an attached decoder: a copy would share its hooks with the original, so none is made."""
+
+    def __deepcopy__(self, memo: dict):
+        raise RuntimeError("this model is attached: call popmm.detach(model) before copying or pickling it")
+
+    def __reduce__(self):
+        self.__deepcopy__({})
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuses quantised and offloaded models."""
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        method = getattr(getattr(model, "config", None), "quantization_config", None)
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is quantised ({type(method).__name__}): popmm reads floating-point weights; "
+            "load the model without quantization_config"
+        )
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    offloaded = "disk" in devices or ("cpu" in devices and len(devices) > 1)
+    if offloaded or any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules()):
+        raise UnsupportedModelError(
+            f"weights of this {type(model).__name__} are offloaded (devices: {', '.join(sorted(devices)) or 'hooks'}): "
+            "load the whole model on accelerators, or the whole of it on the CPU"
+        )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise UnsupportedModelError(
+            f"{meta} has no data (meta device): load the weights first; popmm.budget.ffn_ratio takes such a model"
+        )
+
+
+def _check_site(site: FFNSite) -> None:
+    for w in site.weights():
+        if w is not None and w.dtype not in _FLOATS:
+            raise UnsupportedModelError(
+                f"{site.name} has {w.dtype} weights: popmm reads floating-point weights; load the model unquantised"
+            )

@@ -1,0 +1,103 @@
+"""From a target ratio to an FFN ratio, and from there to the sizes of an FFN's regions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig
+
+from popmm.adapters import ModelDescription, describe
+
+MAX_FFN_RATIO = 0.95
+
+
+@dataclass(frozen=True)
+class RegionSizes:
+    """Sizes of an FFN's regions, in channels."""
+
+    d_ff: int
+    budget: int  # K, active per token
+    retained: int  # |R|
+    candidate: int  # |C|
+
+    @property
+    def read(self) -> int:
+        """Channels whose gate and up rows decode reads: |R| + |C|."""
+        return self.retained + self.candidate
+
+    @property
+    def pruned(self) -> int:
+        return self.d_ff - self.read
+
+    @property
+    def is_dense(self) -> bool:
+        return self.budget == self.d_ff
+
+
+def region_sizes(d_ff: int, ffn_ratio: float, candidate_fraction: float) -> RegionSizes:
+    """K = (1 - ffn_ratio) d_ff, \\|C\\| = gamma d_ff around the K-th channel, \\|R\\| = K - \\|C\\| // 2."""
+    budget = max(1, round((1 - ffn_ratio) * d_ff))
+    candidate = min(round(candidate_fraction * d_ff), 2 * min(budget, d_ff - budget))
+    return RegionSizes(d_ff, budget, budget - candidate // 2, candidate)
+
+
+def ffn_ratio(
+    model: nn.Module | PretrainedConfig,
+    pruning_ratio: float,
+    *,
+    skip_layers: tuple[int, ...] = (),
+    shared_experts: str = "dense",
+) -> float:
+    """Share of each FFN's channels to prune so that ``pruning_ratio`` of the blocks' linear weights go.
+
+    Paper, table 8: ``r_ffn = pruning_ratio / share``, where share is the FFN's part of a decoder block's
+    linear weights (attention and FFN; no embeddings, norms, biases or routers). Experts count as far as
+    one token activates them; shared experts count on neither side unless they are pruned too.
+
+    Args:
+        model: a model (its weights may lie on the meta device) or a configuration.
+        pruning_ratio: target, in [0, 1).
+        skip_layers: layers left dense, whose share the others take over.
+        shared_experts: ``"dense"`` or ``"prune"``.
+
+    Raises:
+        ValueError: the target needs an FFN ratio above 0.95; names the largest target that works.
+        UnsupportedModelError: no FFN of a known form.
+    """
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            model = AutoModel.from_config(model)
+    return ratio_of(describe(model, probe=False), pruning_ratio, skip_layers, shared_experts)
+
+
+def ratio_of(
+    description: ModelDescription, pruning_ratio: float, skip_layers: tuple[int, ...], shared_experts: str
+) -> float:
+    """``ffn_ratio`` of a model that is already described."""
+    prunable, everything = 0, 0
+    for layer in description.layers:
+        counted = [site for site in layer.sites if shared_experts == "prune" or not site.shared]
+        weights = sum(site.active_weights() for site in counted)
+        everything += weights + layer.attention_weights
+        prunable += weights if layer.index not in skip_layers else 0
+    if prunable == 0:
+        raise ValueError(f"skip_layers={skip_layers} leaves no FFN to prune: skip fewer layers")
+    ratio = pruning_ratio * everything / prunable
+    if ratio > MAX_FFN_RATIO:
+        # rounded down, so that the ratio named here works
+        largest = math.floor(MAX_FFN_RATIO * prunable / everything * 1000) / 1000
+        raise ValueError(
+            f"pruning_ratio={pruning_ratio} would prune {ratio:.1%} of each FFN; at most {MAX_FFN_RATIO:.0%} may go: "
+            f"give pruning_ratio={largest} or less"
+        )
+    return ratio
+
+
+def check_ffn_ratio(ratio: float) -> float:
+    """The ratio, refused above 95 %."""
+    if ratio > MAX_FFN_RATIO:
+        raise ValueError(f"ffn_ratio={ratio} prunes more than {MAX_FFN_RATIO:.0%} of each FFN: give {MAX_FFN_RATIO} or less")
+    return ratio

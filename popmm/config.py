@@ -1,0 +1,114 @@
+"""Every knob of popmm, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+DEFAULT_PRUNING_RATIO = 0.4
+
+_CHOICES = {
+    "selection": ("mask", "keep"),
+    "fill": ("zero", "mean"),
+    "prefill": ("dense", "pruned"),
+    "shared_experts": ("dense", "prune"),
+    "layout": ("auto", "copy"),
+}
+_IMPORTANCES = ("wanda", "griffin", "flock", "routed")
+
+
+@dataclass(frozen=True)
+class PopConfig:
+    """How an attached model prunes. Immutable; every field is checked on construction.
+
+    Args:
+        pruning_ratio: share of a decoder block's linear weights to prune, in [0, 1), turned into an FFN
+            ratio per model (paper, table 8). 0.4 unless ``ffn_ratio`` is given.
+        ffn_ratio: share of each FFN's channels to prune, in [0, 1); excludes ``pruning_ratio``.
+        candidate_fraction: gamma, the share of an FFN's channels that is re-scored at each decode step.
+        selection: ``"mask"``: the best K of retained and candidate channels pass (paper);
+            ``"keep"``: all of them pass.
+        importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);
+            ``"griffin"`` ``|h_i| / ||h||``; ``"flock"`` ``|h_i| * ||W_down[:, i]|| / ||h||``; ``"routed"``
+            wanda times the router's weight (experts; elsewhere wanda); or a callable
+            ``(h [n_tokens, n_channels] float32, down_norm [n_channels] float32) -> [n_tokens, n_channels]``.
+            A prompt's score of a channel is the L2 norm of its tokens' scores.
+        fill: what stands in for a channel that is not computed: ``"zero"`` (paper) or ``"mean"``, its
+            mean over the prompt.
+        prefill: ``"dense"`` leaves the prompt pass untouched; ``"pruned"`` completes it with the pruned
+            channels off (paper).
+        shared_experts: ``"dense"`` leaves shared experts alone (paper); ``"prune"`` prunes them too.
+        skip_layers: indices of decoder layers left dense; the other layers take over their share.
+        layout: where decode reads weights: ``"copy"`` gathers retained and candidate channels into static
+            buffers; ``"auto"`` lets the library choose.
+        prior_tokens: n0 of ``n / (n + n0)``, by which an expert that saw n prompt tokens blends its scores
+            with the prior; 0 = the prior serves only experts that saw no token.
+    """
+
+    pruning_ratio: float | None = None
+    ffn_ratio: float | None = None
+    candidate_fraction: float = 0.1
+    selection: Literal["mask", "keep"] = "mask"
+    importance: str | Callable = "wanda"
+    fill: Literal["zero", "mean"] = "zero"
+    prefill: Literal["dense", "pruned"] = "dense"
+    shared_experts: Literal["dense", "prune"] = "dense"
+    skip_layers: tuple[int, ...] = ()
+    layout: Literal["auto", "copy"] = "auto"
+    prior_tokens: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.pruning_ratio is not None and self.ffn_ratio is not None:
+            raise ValueError(
+                f"pruning_ratio={self.pruning_ratio} and ffn_ratio={self.ffn_ratio} exclude each other: give one of them"
+            )
+        if self.pruning_ratio is None and self.ffn_ratio is None:
+            object.__setattr__(self, "pruning_ratio", DEFAULT_PRUNING_RATIO)
+        for name in ("pruning_ratio", "ffn_ratio"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 <= value < 1):
+                raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
+        if not (_is_number(self.candidate_fraction) and 0 <= self.candidate_fraction <= 1):
+            raise ValueError(f"candidate_fraction={self.candidate_fraction!r}: give a number in [0, 1], such as 0.1")
+        if not (_is_number(self.prior_tokens) and 0 <= self.prior_tokens < math.inf):
+            raise ValueError(f"prior_tokens={self.prior_tokens!r}: give a number of tokens, 0 or more")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, choices))}")
+        if not callable(self.importance) and self.importance not in _IMPORTANCES:
+            known = ", ".join(map(repr, _IMPORTANCES))
+            raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
+        object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))
+
+    @classmethod
+    def paper(cls, **changes) -> PopConfig:
+        """The paper's settings (arXiv 2602.06822), with the given changes."""
+        settings = dict(
+            candidate_fraction=0.1, selection="mask", importance="wanda", fill="zero", prefill="pruned"
+        )
+        return cls(**{**settings, **changes})
+
+    def replace(self, **changes) -> PopConfig:
+        """A copy with the given fields changed. Giving one ratio drops the other."""
+        if changes.get("ffn_ratio") is not None:
+            changes.setdefault("pruning_ratio", None)
+        if changes.get("pruning_ratio") is not None:
+            changes.setdefault("ffn_ratio", None)
+        return dataclasses.replace(self, **changes)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _layer_indices(value) -> tuple[int, ...]:
+    try:
+        indices = tuple(value)
+    except TypeError:
+        indices = (None,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
+        raise ValueError(f"skip_layers={value!r}: give layer indices counted from 0, such as (0, 1)")
+    return tuple(sorted(set(indices)))

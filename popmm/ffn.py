@@ -1,0 +1,87 @@
+"""FFN arithmetic: pure functions on tensors, for one FFN or for a stack of experts.
+
+Channels are indices of ``d_ff``. A gated FFN computes ``h = combine(W_gate x, W_up x)`` and
+``y = W_down h``, where ``combine(g, u)`` is ``act(g) * u`` nearly everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FFNWeights(NamedTuple):
+    """Weights of one FFN, or of ``E`` experts stacked along a leading dimension."""
+
+    gate: Tensor  # [(E,) d_ff, d_model]
+    up: Tensor  # [(E,) d_ff, d_model]
+    down: Tensor  # [(E,) d_model, d_ff]
+    gate_bias: Tensor | None = None  # [(E,) d_ff]
+    up_bias: Tensor | None = None  # [(E,) d_ff]
+    down_bias: Tensor | None = None  # [(E,) d_model]
+
+    @property
+    def d_ff(self) -> int:
+        return self.gate.shape[-2]
+
+    @property
+    def d_model(self) -> int:
+        return self.gate.shape[-1]
+
+    def bytes_per_channel(self) -> int:
+        """Bytes of one channel: its gate row, its up row, its down column."""
+        return sum(w.element_size() for w in (self.gate, self.up, self.down)) * self.d_model
+
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+
+
+def hidden(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:
+    """Channel activations h ``[..., d_ff]`` of tokens x ``[..., d_model]``."""
+    gate = F.linear(x, weights.gate, weights.gate_bias)
+    up = F.linear(x, weights.up, weights.up_bias)
+    return combine(gate, up)
+
+
+def ffn(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:
+    """The dense FFN: x ``[..., d_model]`` to y ``[..., d_model]``."""
+    return F.linear(hidden(x, weights, combine), weights.down, weights.down_bias)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """Mask of the k highest scores along the last dimension: exactly k per row, ties to the lower index."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+
+
+def select(h: Tensor, score: Callable, down_norm: Tensor, retained: int, budget: int) -> Tensor:
+    """Which of the channels in reading order [R | C] pass for each token (paper, decode step).
+
+    Args:
+        h: activations of retained, then candidate channels, ``[n_tokens, |R| + |C|]``.
+        score: token score, see ``popmm.importance``.
+        down_norm: ``||W_down[:, i]||`` of the same channels, float32, broadcastable to ``h``.
+        retained: |R|, always on.
+        budget: K, how many channels pass.
+
+    Returns:
+        bool ``[n_tokens, |R| + |C|]`` with exactly K True in each row.
+    """
+    candidates = score(h[..., retained:].float(), down_norm[..., retained:])
+    on = torch.ones_like(h[..., :retained], dtype=torch.bool)
+    return torch.cat([on, best(candidates, budget - retained)], dim=-1)
+
+
+def masked_down(h: Tensor, passing: Tensor, weights: FFNWeights, mean: Tensor | None) -> Tensor:
+    """Down projection in which channels that do not pass contribute zero, or their prompt mean."""
+    stand_in = torch.zeros((), dtype=h.dtype, device=h.device) if mean is None else mean.to(h.dtype)
+    return F.linear(torch.where(passing, h, stand_in), weights.down, weights.down_bias)
+
+
+def down_norm(down: Tensor) -> Tensor:
+    """``||W_down[:, i]||_2``, float32 ``[(E,) d_ff]``, from down ``[(E,) d_model, d_ff]``."""
+    return torch.linalg.vector_norm(down, dim=-2, dtype=torch.float32)

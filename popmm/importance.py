@@ -1,0 +1,107 @@
+"""How much a channel matters: scores per token, and their statistics over a prompt.
+
+A token scores every channel from its own activations h; a prompt's importance of a channel is the L2
+norm of its tokens' scores (paper, eq. 1-3). At decode the token's score alone ranks the candidates, so
+prompt and decode share one definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TokenScore = Callable[[Tensor, Tensor], Tensor]
+CHUNK_ELEMENTS = 1 << 24  # bounds the float32 copy of h that the statistics need
+
+
+def wanda(h: Tensor, down_norm: Tensor) -> Tensor:
+    """``|h_i| * ||W_down[:, i]||`` (paper, eq. 3; Sun et al., arXiv 2306.11695)."""
+    return h.abs() * down_norm
+
+
+def griffin(h: Tensor, down_norm: Tensor) -> Tensor:
+    """``|h_i| / ||h||`` (Dong et al., arXiv 2404.01365)."""
+    return torch.nn.functional.normalize(h, dim=-1, eps=1e-30).abs()
+
+
+def flock(h: Tensor, down_norm: Tensor) -> Tensor:
+    """``|h_i| * ||W_down[:, i]|| / ||h||``: wanda in which every token weighs the same."""
+    return griffin(h, down_norm) * down_norm
+
+
+TOKEN_SCORES: dict[str, TokenScore] = {"wanda": wanda, "griffin": griffin, "flock": flock, "routed": wanda}
+
+
+def token_score(importance: str | TokenScore) -> TokenScore:
+    """The token score of a config's ``importance``; a callable's result is checked at each use."""
+    if not callable(importance):
+        return TOKEN_SCORES[importance]
+
+    def checked(h: Tensor, down_norm: Tensor) -> Tensor:
+        scores = importance(h, down_norm)
+        if not isinstance(scores, Tensor) or scores.shape != h.shape:
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"importance callable returned {given}: it must return a tensor of h's shape {tuple(h.shape)}, "
+                "one score per token and channel"
+            )
+        return scores
+
+    return checked
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Sums over the tokens that an FFN (or each of its experts) has read.
+
+    Sums are float64 where the device has it, so that the order of tokens, padding and chunking do not
+    move a ranking.
+    """
+
+    squares: Tensor  # [(E,) d_ff], sum of squared token scores
+    total: Tensor  # [(E,) d_ff], sum of h
+    tokens: Tensor  # int64 [] or [E]
+
+    def __add__(self, other: ChannelStatistics) -> ChannelStatistics:
+        return ChannelStatistics(
+            self.squares + other.squares.to(self.squares.device),
+            self.total + other.total.to(self.total.device),
+            self.tokens + other.tokens.to(self.tokens.device),
+        )
+
+    @property
+    def importance(self) -> Tensor:
+        """Importance of each channel, float32 ``[(E,) d_ff]``."""
+        return self.squares.sqrt().float()
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean activation of each channel, float32 ``[(E,) d_ff]``; zero where no token was read."""
+        return (self.total / self.tokens.clamp(min=1).unsqueeze(-1)).float()
+
+
+def measure(h: Tensor, score: TokenScore, down_norm: Tensor, weight: Tensor | None = None) -> ChannelStatistics:
+    """Statistics of the tokens in h.
+
+    Args:
+        h: activations ``[n_tokens, d_ff]``, any float dtype.
+        score: token score.
+        down_norm: ``||W_down[:, i]||``, float32 ``[d_ff]``.
+        weight: factor on each token's score, ``[n_tokens]``; None = 1.
+    """
+    accumulate = torch.float32 if h.device.type == "mps" else torch.float64
+    n_tokens, d_ff = h.shape
+    squares = torch.zeros(d_ff, dtype=accumulate, device=h.device)
+    total = torch.zeros_like(squares)
+    rows = max(1, CHUNK_ELEMENTS // max(d_ff, 1))
+    for start in range(0, n_tokens, rows):
+        part = h[start : start + rows].float()
+        scores = score(part, down_norm)
+        if weight is not None:
+            scores = scores * weight[start : start + rows, None].float()
+        squares += scores.float().square().sum(0, dtype=accumulate)
+        total += part.sum(0, dtype=accumulate)
+    return ChannelStatistics(squares, total, torch.tensor(n_tokens, device=h.device))

@@ -1,0 +1,103 @@
+"""Where the weights that decode reads lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from popmm.budget import RegionSizes
+from popmm.ffn import FFNWeights, down_norm
+from popmm.partition import FFNPartition
+
+
+class CopyLayout:
+    """Retained and candidate channels gathered into static buffers, in reading order [R | C].
+
+    Buffers keep their addresses and shapes from prompt to prompt, so a compiled decode step stays valid.
+    The model's own weights are only read.
+    """
+
+    name = "copy"
+
+    def __init__(self, sizes: RegionSizes, fill_mean: bool) -> None:
+        self.sizes = sizes
+        self.fill_mean = fill_mean
+        self.weights: FFNWeights | None = None
+        self.down_norm: Tensor | None = None  # float32 [(E,) |R| + |C|]
+        self.mean: Tensor | None = None  # [(E,) |R| + |C|], with fill="mean"
+        self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels
+
+    def allocate(self, source: FFNWeights) -> None:
+        """Makes the buffers for weights like ``source``; call again when the model has moved."""
+        n = self.sizes.read
+
+        def rows(w: Tensor | None) -> Tensor | None:
+            return None if w is None else w.new_empty(*w.shape[:-2], n, w.shape[-1])
+
+        def vector(b: Tensor | None) -> Tensor | None:
+            return None if b is None else b.new_empty(*b.shape[:-1], n)
+
+        # inference tensors could not be rewritten outside inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            self.norms = down_norm(source.down)
+            if self.sizes.is_dense:  # decode is the model's own forward
+                return
+            down_bias = source.down_bias
+            if self.fill_mean:
+                like = source.down[..., 0] if down_bias is None else down_bias
+                down_bias = torch.zeros_like(like)
+                self.mean = source.down.new_zeros(*source.down.shape[:-2], n)
+            self.weights = FFNWeights(
+                rows(source.gate),
+                rows(source.up),
+                source.down.new_empty(*source.down.shape[:-1], n),
+                vector(source.gate_bias),
+                vector(source.up_bias),
+                down_bias,
+            )
+            self.down_norm = self.norms.new_empty(*self.norms.shape[:-1], n)
+
+    def fits(self, source: FFNWeights) -> bool:
+        """Whether the buffers still match the model's device and dtype."""
+        mine = self.weights
+        return mine is not None and mine.down.device == source.down.device and mine.down.dtype == source.down.dtype
+
+    def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor | None) -> None:
+        """Gathers the partition's channels into the buffers, in place.
+
+        Args:
+            source: all channels of the FFN.
+            partition: what to gather.
+            mean: prompt mean of every channel, float32 ``[(E,) d_ff]``; needed with ``fill="mean"``.
+        """
+        order, mine = partition.reading_order, self.weights
+        with torch.inference_mode(False), torch.no_grad():
+            order = order.clone()
+            for own, theirs in ((mine.gate, source.gate), (mine.up, source.up)):
+                _gather(theirs, order, -2, own)
+            _gather(source.down, order, -1, mine.down)
+            for own, theirs in ((mine.gate_bias, source.gate_bias), (mine.up_bias, source.up_bias)):
+                if own is not None:
+                    _gather(theirs, order, -1, own)
+            _gather(self.norms, order, -1, self.down_norm)
+            if self.fill_mean:
+                mean = mean.clone()
+                _gather(mean.to(self.mean.dtype), order, -1, self.mean)
+                pruned = torch.zeros_like(mean).scatter_(-1, partition.pruned.clone(), 1.0) * mean
+                constant = (source.down @ pruned.to(source.down.dtype).unsqueeze(-1)).squeeze(-1)
+                mine.down_bias.copy_(constant if source.down_bias is None else constant + source.down_bias)
+
+    def bytes(self) -> int:
+        """Memory that the buffers take."""
+        tensors = [*(self.weights or ()), self.down_norm, self.mean, self.norms]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
+    """``out = source`` taken at ``index`` along ``dim``; expert stacks have an index row per expert."""
+    source = source.detach()
+    if index.ndim == 1:
+        torch.index_select(source, dim, index.to(source.device), out=out)
+        return
+    for expert, row in enumerate(index):
+        _gather(source[expert], row, dim, out[expert])

@@ -1,0 +1,263 @@
+"""Which pass is this, prefill or decode, and which of its tokens count.
+
+A pass is prefill when it starts a sequence (empty cache) or brings several tokens, and decode when it
+brings one token per sequence to a partitioned model. A prefill pass on a cache that already holds tokens
+(chat turns, chunked prefill, assisted verification) adds to the statistics of that cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from popmm.importance import ChannelStatistics
+
+if TYPE_CHECKING:
+    from popmm.site import PrunedFFN
+
+_ON_CACHE = "_popmm_sequence"
+
+
+@dataclass
+class Sequence:
+    """What popmm knows of the batch of sequences in one key-value cache.
+
+    Kept on the cache itself, so that it lives, and is copied, with it (a deep copy of a cached prompt
+    prefix is a common way to serve many questions about one text).
+    """
+
+    owner: object  # token of the partition state it belongs to
+    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)  # by FFN name
+    version: int | None = None  # of the cache's length tensor, after the last pass
+
+    def __deepcopy__(self, memo: dict) -> Sequence:
+        return Sequence(self.owner, dict(self.statistics), None)
+
+
+class Arguments:
+    """Reads a decoder's call, whatever way its arguments were given."""
+
+    def __init__(self, forward: Callable) -> None:
+        self._signature = inspect.signature(forward)
+
+    def __call__(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        return {**bound, **bound.pop("kwargs", {})}
+
+
+def input_shape(arguments: dict[str, Any]) -> tuple[int, int]:
+    """(batch, tokens per sequence) of a decoder's call."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = arguments.get(name)
+        if value is not None:
+            return value.shape[0], value.shape[1]
+    raise ValueError("the language model was called with neither input_ids nor inputs_embeds")
+
+
+def has_past(cache, known: Sequence | None) -> bool:
+    """Whether the cache holds tokens before a one-token pass.
+
+    A static cache keeps its length on the device, and reading it would make a decode step wait. So it is
+    read only if someone other than our last pass has touched it, which its version counter tells.
+    """
+    length = 0 if cache is None else cache.get_seq_length()
+    if not isinstance(length, Tensor) or length.device.type == "cpu":
+        return int(length) > 0
+    if known is not None and known.version is not None and _version(length) == known.version:
+        return True
+    return int(length) > 0
+
+
+def remember_length(cache, sequence: Sequence) -> None:
+    """Notes the state of the cache's length after a pass, see ``has_past``."""
+    length = 0 if cache is None else cache.get_seq_length()
+    sequence.version = _version(length) if isinstance(length, Tensor) else None
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def counted_tokens(attention_mask, shape: tuple[int, int], past: int) -> Tensor | None:
+    """Which tokens of this pass are no padding, bool ``[batch, n_tokens]``; None if all count.
+
+    Understands what transformers hands a decoder: None, the tokenizer's 2-D mask (covering the cache or
+    only the new tokens), a prepared 4-D mask (boolean or additive), a BlockMask, or a dict of these by
+    attention type.
+    """
+    if isinstance(attention_mask, dict):
+        masks = [attention_mask.get("full_attention"), *attention_mask.values()]
+        attention_mask = next((mask for mask in masks if mask is not None), None)
+    if attention_mask is None:
+        return None
+    batch, n_tokens = shape
+    if isinstance(attention_mask, BlockMask):
+        counted = _block_diagonal(attention_mask, batch, n_tokens, past)
+    elif attention_mask.ndim == 2:
+        counted = _last_columns(attention_mask, n_tokens, past).bool()
+    elif attention_mask.ndim == 4:
+        counted = _diagonal(attention_mask, n_tokens, past)
+    else:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: give a 2-D or 4-D mask")
+    counted = counted.expand(batch, n_tokens)
+    if not counted.any():
+        raise ValueError("the prompt is empty: attention_mask leaves no token of it")
+    return None if counted.all() else counted
+
+
+def _last_columns(mask: Tensor, n_tokens: int, past: int) -> Tensor:
+    """Columns of the new tokens: a mask may cover the cache, a longer static cache, or the new tokens alone."""
+    if mask.shape[-1] >= past + n_tokens:
+        return mask[..., past : past + n_tokens]
+    return mask[..., -n_tokens:]
+
+
+def _diagonal(mask: Tensor, n_tokens: int, past: int) -> Tensor:
+    """A token counts if it may attend to itself: padding tokens may not."""
+    square = _last_columns(mask[:, 0], n_tokens, past)
+    own = square.diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+
+def _block_diagonal(mask: BlockMask, batch: int, n_tokens: int, past: int) -> Tensor:
+    # a prepared BlockMask's function adds the cache's offset to the query's index by itself
+    device = mask.kv_num_blocks.device
+    rows = torch.arange(batch, device=device)
+    columns = torch.arange(n_tokens, device=device)
+    head = torch.zeros((), dtype=torch.long, device=device)
+    per_token = [mask.mask_mod(rows, head, column, column + past) for column in columns]
+    return torch.stack([value.expand(batch) for value in per_token], dim=-1)
+
+
+@dataclass
+class PromptPass:
+    """A prefill pass in progress. Nothing of it is kept unless it ends well."""
+
+    sequence: Sequence
+    shape: tuple[int, int]  # batch, tokens per sequence
+    counted: Tensor | None  # bool [batch, n_tokens], None = all
+    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
+
+
+class Phase:
+    """Follows the passes of one attached model and keeps its FFNs partitioned for the sequence at hand."""
+
+    def __init__(self, ffns: list[PrunedFFN]) -> None:
+        self.decoding = False  # read by every FFN; between passes it says what a compiled step will be
+        self.prompt: PromptPass | None = None
+        self.shape = (0, 0)
+        self._ffns = ffns
+        self._owner = object()
+        self._active: Sequence | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the FFNs are partitioned."""
+        return self._active is not None
+
+    def reset(self) -> None:
+        """Forgets the partition and all statistics; the next pass is a prompt."""
+        with self.exclusive("reset"):
+            self._owner = object()
+            self._active, self.decoding = None, False
+            for ffn in self._ffns:
+                ffn.partition = None
+
+    @contextmanager
+    def exclusive(self, action: str) -> Iterator[None]:
+        """Refuses a second thread: one model has one partition."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"{action}: another thread is running this model, which holds one partition at a time. Run its "
+                "calls one after another, batch the prompts into one call, or attach a second copy of the model"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def run(self, forward: Callable, args: tuple, kwargs: dict, arguments: dict[str, Any]):
+        """Runs one pass of the decoder in the phase that it is."""
+        with self.exclusive("forward"):
+            cache = arguments.get("past_key_values")
+            shape = input_shape(arguments)
+            if 0 in shape:
+                raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
+            if self._simulating:
+                return self._decode(forward, args, kwargs, shape, cache)
+            known = self._sequence_of(cache)
+            if shape[1] == 1 and has_past(cache, known) and self._can_decode(known):
+                return self._decode(forward, args, kwargs, shape, cache)
+            past = 0 if cache is None else int(cache.get_seq_length())
+            counted = counted_tokens(arguments.get("attention_mask"), shape, past)
+            sequence = known if past and known is not None else Sequence(self._owner)
+            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, counted), cache)
+
+    @contextmanager
+    def simulated_decode(self) -> Iterator[None]:
+        """Inside, passes of several tokens are decode: each token is pruned as if it came alone."""
+        with self.exclusive("simulated decode"):
+            if not self.ready:
+                raise RuntimeError("simulated decode needs a partition: run a prompt through the model first")
+            self._simulating = True
+            try:
+                yield
+            finally:
+                self._simulating = False
+
+    _simulating = False
+
+    def _sequence_of(self, cache) -> Sequence | None:
+        sequence = getattr(cache, _ON_CACHE, None)
+        return sequence if sequence is not None and sequence.owner is self._owner else None
+
+    def _can_decode(self, known: Sequence | None) -> bool:
+        """Makes the partition of a known sequence the active one; an unknown cache decodes with what is there."""
+        if known is None or known is self._active:
+            return self.ready
+        if len(known.statistics) < len(self._ffns):
+            return False
+        self._activate(known)
+        return True
+
+    def _decode(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache):
+        self.decoding, self.shape = True, shape
+        output = forward(*args, **kwargs)
+        known = self._sequence_of(cache)
+        if known is not None:
+            remember_length(cache, known)
+        return output
+
+    def _prefill(self, forward: Callable, args: tuple, kwargs: dict, prompt: PromptPass, cache):
+        self.decoding, self.prompt, self.shape = False, prompt, prompt.shape
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self.prompt = None
+            self.decoding = self.ready
+        prompt.sequence.statistics = {**prompt.sequence.statistics, **prompt.statistics}
+        cache = cache if cache is not None else getattr(output, "past_key_values", None)
+        if cache is not None:
+            setattr(cache, _ON_CACHE, prompt.sequence)
+            remember_length(cache, prompt.sequence)
+        if len(prompt.sequence.statistics) == len(self._ffns):
+            self._activate(prompt.sequence)
+        return output
+
+    def _activate(self, sequence: Sequence) -> None:
+        # interrupted half way, the model is left without a partition, which is dense
+        self._active, self.decoding = None, False
+        for ffn in self._ffns:
+            ffn.apply(sequence.statistics[ffn.name])
+        self._active, self.decoding = sequence, True

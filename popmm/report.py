@@ -1,0 +1,55 @@
+"""Tables that people read."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from popmm.site import PrunedFFN
+    from popmm.state import PartitionState
+
+
+def human_bytes(n: float) -> str:
+    """``n`` bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def to_text(table: Table, width: int = 110) -> str:
+    """A table as plain text."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width).print(table)
+    return buffer.getvalue().rstrip()
+
+
+def summary_table(state: PartitionState, ffns: list[PrunedFFN]) -> str:
+    """``PartitionState.summary``: a row per FFN, then the total and the settings."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("FFN")
+    for column in ("experts", "d_ff", "R", "C", "P", "K", "bytes/token", "of dense"):
+        table.add_column(column, justify="right")
+    for ffn in ffns:
+        s = ffn.sizes
+        pruned, dense = ffn.bytes_per_token()
+        sizes = [str(n) for n in (s.d_ff, s.retained, s.candidate, s.pruned, s.budget)]
+        experts = f"{ffn.site.top_k} of {ffn.site.n_experts}" if ffn.site.is_experts else "-"
+        table.add_row(ffn.name, experts, *sizes, human_bytes(pruned), f"{pruned / dense:.1%}")
+    pruned, dense = state.bytes_per_token()
+    c = state.config
+    importance = c.importance if isinstance(c.importance, str) else "callable"
+    status = "partitioned" if state.ready else "waiting for a prompt"
+    lines = [
+        to_text(table),
+        f"FFN weights read per token: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
+        f"selection={c.selection} importance={importance} fill={c.fill} prefill={c.prefill} layout={ffns[0].layout.name}"
+        f" (+{human_bytes(sum(ffn.layout.bytes() for ffn in ffns))}); {status}",
+    ]
+    return "\n".join(lines)

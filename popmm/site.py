@@ -1,0 +1,124 @@
+"""One FFN of an attached model: it measures the prompt and computes the pruned decode step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from popmm import ffn as arithmetic
+from popmm.budget import RegionSizes
+from popmm.importance import ChannelStatistics, measure, token_score
+from popmm.layout import CopyLayout
+from popmm.partition import FFNPartition, split
+
+if TYPE_CHECKING:
+    from popmm.adapters import FFNSite
+    from popmm.config import PopConfig
+    from popmm.phase import Phase
+    from popmm.trace import Trace
+
+
+class PrunedFFN:
+    """A dense gated FFN under POP. ``forward`` and ``observe`` are wired to the model by ``attach``."""
+
+    def __init__(self, site: FFNSite, sizes: RegionSizes, config: PopConfig) -> None:
+        self.name = site.name
+        self.site = site
+        self.sizes = sizes
+        self.config = config
+        self.score = token_score(config.importance)
+        self.partition: FFNPartition | None = None
+        self.trace: Trace | None = None
+        self.layout = CopyLayout(sizes, fill_mean=config.fill == "mean")
+        self.layout.allocate(site.weights())
+
+    def wire(self, phase: Phase) -> None:
+        """Remembers whom to ask for the phase, and the module's own forward."""
+        self.phase = phase
+        self.dense_forward = self.site.module.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stands in for the module's forward: dense at prefill, pruned at decode."""
+        if not self.phase.decoding:
+            return self.dense_forward(x)
+        if self.sizes.is_dense:
+            y, passing = self.dense_forward(x), None
+        else:
+            y, passing = self.decode(x)
+        if self.trace is not None:
+            self.record(x, passing)
+        return y
+
+    def decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pruned FFN of tokens x ``[..., d_model]``.
+
+        Returns:
+            The output ``[..., d_model]``, and which of the channels in reading order passed, bool
+            ``[..., |R| + |C|]``.
+        """
+        layout, sizes = self.layout, self.sizes
+        h = arithmetic.hidden(x, layout.weights, self.site.combine)
+        if self.config.selection == "keep":
+            passing = torch.ones_like(h, dtype=torch.bool)
+            return torch.nn.functional.linear(h, layout.weights.down, layout.weights.down_bias), passing
+        passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget)
+        return arithmetic.masked_down(h, passing, layout.weights, layout.mean), passing
+
+    def observe(self, module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """Pre-hook of the down projection: measures h of a prompt pass, and prunes it if so configured."""
+        prompt = self.phase.prompt
+        if self.phase.decoding or prompt is None:
+            return None
+        (h,) = args
+        with torch.inference_mode(False), torch.no_grad():
+            flat = h.detach().flatten(0, -2)
+            counted = flat if prompt.counted is None else flat[prompt.counted.flatten().to(h.device)]
+            new = measure(counted, self.score, self.layout.norms)
+            known = prompt.statistics.get(self.name) or prompt.sequence.statistics.get(self.name)
+            statistics = new if known is None else known + new
+        prompt.statistics[self.name] = statistics
+        if self.config.prefill == "dense" or self.sizes.is_dense:
+            return None
+        pruned = self.split(statistics).pruned
+        stand_in = statistics.mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
+        h = h.clone()
+        h[..., pruned] = stand_in
+        return (h,)
+
+    def split(self, statistics: ChannelStatistics) -> FFNPartition:
+        return split(statistics.importance, self.sizes, statistics.tokens)
+
+    def apply(self, statistics: ChannelStatistics) -> None:
+        """Partitions by the statistics and lays the weights out for decode."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.partition = self.split(statistics)
+            if self.sizes.is_dense:
+                return
+            source = self.site.weights()
+            if not self.layout.fits(source):
+                self.layout.allocate(source)
+            self.layout.write(source, self.partition, statistics.mean)
+
+    def record(self, x: Tensor, passing: Tensor | None) -> None:
+        """Adds a step to the trace: channels that passed, in the model's own numbers."""
+        batch, n_tokens = self.phase.shape
+        full = torch.zeros(batch * n_tokens, self.sizes.d_ff, dtype=torch.bool, device=x.device)
+        if passing is None:
+            full.fill_(True)
+        else:
+            order = self.partition.reading_order.to(x.device)
+            full[:, order] = passing.reshape(batch * n_tokens, -1)
+        self.trace.add(self.name, full.view(batch, n_tokens, -1).transpose(0, 1))
+
+    def bytes_per_token(self) -> tuple[float, float]:
+        """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``.
+
+        The mask selection needs the down columns of the K channels that pass only:
+        ``(2 (|R| + |C|) + K) / 3`` channels.
+        """
+        s = self.sizes
+        channels = (2 * s.read + s.budget) / 3 if self.config.selection == "mask" else s.read
+        one = self.site.weights().bytes_per_channel()
+        return channels * one, s.d_ff * one

@@ -1,0 +1,105 @@
+"""``PartitionState``: what a user sees of an attached model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+from popmm.config import PopConfig
+from popmm.partition import FFNPartition
+from popmm.phase import Phase
+from popmm.report import summary_table
+from popmm.trace import Trace
+
+if TYPE_CHECKING:
+    from popmm.adapters import FFNSite
+    from popmm.site import PrunedFFN
+
+
+class PartitionState:
+    """All partitions of one attached model, kept up to date by its own passes.
+
+    Attributes:
+        config: the configuration it was attached with.
+        ffn_ratio: share of each FFN's channels that is pruned.
+        layers: FFN module name, as in ``model.named_modules()``, to ``FFNPartition``; empty until a
+            prompt has been read.
+        ready: whether a prompt has been read, so that one-token passes decode.
+    """
+
+    def __init__(
+        self, config: PopConfig, ffn_ratio: float, ffns: list[PrunedFFN], left_dense: list[FFNSite], phase: Phase
+    ) -> None:
+        self.config = config
+        self.ffn_ratio = ffn_ratio
+        self._ffns = ffns
+        self._left_dense = left_dense
+        self._phase = phase
+
+    @property
+    def ready(self) -> bool:
+        return self._phase.ready
+
+    @property
+    def layers(self) -> Mapping[str, FFNPartition]:
+        if not self.ready:
+            return MappingProxyType({})
+        return MappingProxyType({ffn.name: ffn.partition for ffn in self._ffns})
+
+    def reset(self) -> None:
+        """Forgets the partition and all statistics: the next pass is read as a new prompt."""
+        self._phase.reset()
+
+    def bytes_per_token(self) -> tuple[int, int]:
+        """(pruned, dense): FFN weight bytes that one decoded token reads at batch 1.
+
+        Counted by what the selection must read: retained and candidate gate and up rows, and the down
+        columns of the channels that pass. FFNs left dense (``skip_layers``) stand on both sides;
+        for experts, those that one token activates count.
+        """
+        pruned = dense = 0.0
+        for ffn in self._ffns:
+            own, all_of_it = ffn.bytes_per_token()
+            pruned, dense = pruned + own, dense + all_of_it
+        untouched = sum(site_bytes(site) for site in self._left_dense)
+        return round(pruned) + untouched, round(dense) + untouched
+
+    def summary(self) -> str:
+        """Table of all FFNs: layer, d_ff, R, C, P, K, and bytes read per token against dense."""
+        return summary_table(self, self._ffns)
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Records which channels pass at each decode step run inside the ``with`` block.
+
+        Yields a mapping from FFN name to a bool tensor ``[steps, batch, d_ff]`` (experts ``[steps, batch,
+        n_experts, d_ff]``) in the model's own channel numbers. Compiled steps run eagerly meanwhile.
+        """
+        trace = Trace()
+        previous = [ffn.trace for ffn in self._ffns]
+        for ffn in self._ffns:
+            ffn.trace = trace
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield trace
+        finally:
+            for ffn, before in zip(self._ffns, previous):
+                ffn.trace = before
+
+    def __repr__(self) -> str:
+        pruned, dense = self.bytes_per_token()
+        status = "partitioned" if self.ready else "waiting for a prompt"
+        return (
+            f"PartitionState({len(self._ffns)} FFNs, {self.ffn_ratio:.1%} of channels pruned, "
+            f"selection={self.config.selection!r}, reads {pruned / dense:.1%} of the FFN bytes per token, {status})"
+        )
+
+
+def site_bytes(site: FFNSite) -> int:
+    """FFN weight bytes that a dense token reads at a site."""
+    weights = site.weights()
+    return weights.bytes_per_channel() * weights.d_ff * (site.top_k if site.is_experts else 1)

@@ -1,0 +1,37 @@
+"""Small trained models that come with popmm: real enough to see pruning, loaded offline in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_ROOM = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Names that ``load`` takes."""
+    return sorted(path.parent.name for path in _ROOM.glob("*/config.json"))
+
+
+def path(name: str) -> Path:
+    """Folder of a bundled model, in Hugging Face format."""
+    if name not in names():
+        raise ValueError(f"no bundled model is called {name!r}: there are {', '.join(map(repr, names()))}")
+    return _ROOM / name
+
+
+def load(name: str, dtype: torch.dtype = torch.float32):
+    """A bundled model.
+
+    Args:
+        name: one of ``names()``, such as ``"stories"``.
+        dtype: of the weights (stored as float16).
+
+    Returns:
+        ``(model, tokenizer)``, the model in eval mode on the CPU.
+    """
+    folder = path(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return model, AutoTokenizer.from_pretrained(folder)

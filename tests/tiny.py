@@ -1,0 +1,75 @@
+"""Tiny random models, one per architecture that the tests cover."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 64
+COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+
+DENSE = {
+    "llama": LlamaConfig(**COMMON),
+    "llama-bias": LlamaConfig(**COMMON, mlp_bias=True),
+    "mistral-sliding": MistralConfig(**COMMON, sliding_window=8),
+    "qwen2": Qwen2Config(**COMMON),
+    "qwen3": Qwen3Config(**COMMON, head_dim=8),
+    "gemma2": Gemma2Config(**COMMON, head_dim=8, sliding_window=8),
+    "gemma3": Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=8),
+    "phi3": Phi3Config(**COMMON),
+    "olmo2": Olmo2Config(**COMMON),
+    "glm4": Glm4Config(**COMMON, head_dim=8),
+}
+
+
+def build(config, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A random causal language model in eval mode. Weights are wide enough for channels to differ."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.15)
+            elif "bias" in "".join(n for n, p in model.named_parameters() if p is parameter):
+                parameter.normal_(std=0.1)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def dense(name: str, **changes):
+    config = DENSE[name]
+    if changes.pop("dtype", None) is not None:
+        raise TypeError("give dtype to build")
+    return build(type(config)(**{**config.to_dict(), **changes}))
+
+
+def prompt(n_tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Token ids ``[batch, n_tokens]`` without special tokens."""
+    return torch.randint(4, VOCAB, (batch, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def from_name(model_type: str, **settings):
+    return build(AutoConfig.for_model(model_type, **settings))
