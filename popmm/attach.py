@@ -21,7 +21,6 @@ from popmm.site import PrunedFFN
 from popmm.state import PartitionState
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_GUARD = "_popmm_guard"
 _MISSING = object()
 
 
@@ -136,10 +135,11 @@ def _build(model: nn.Module, description: ModelDescription, config: PopConfig) -
     state = PartitionState(config, ratio, ffns, left_dense, phase)
 
     decoder = description.decoder
-    overrides: list[tuple[Any, str, Any]] = [(decoder, "forward", _phased(decoder.forward, phase))]
-    overrides.append((decoder, _GUARD, _NoCopy()))
+    overrides: list[tuple[Any, str, Any]] = [(decoder, "forward", _phased(decoder, phase))]
     if hasattr(model, "generate"):
         overrides.append((model, "generate", _exclusive(model.generate, phase)))
+    if hasattr(model, "_prefill"):
+        overrides.append((model, "_prefill", _chunked(model._prefill, phase)))
     hooks = []
     for ffn in ffns:
         ffn.wire(phase)
@@ -148,16 +148,19 @@ def _build(model: nn.Module, description: ModelDescription, config: PopConfig) -
     return _Attachment(weakref.ref(decoder), state, phase, overrides, hooks)
 
 
-def _phased(forward: Callable, phase: Phase) -> Callable:
+def _phased(decoder: nn.Module, phase: Phase) -> Callable:
     """The decoder's forward, run in the phase that each call is."""
+    forward = decoder.forward
     read = Arguments(forward)
     run = torch.compiler.disable(phase.run)
 
     @functools.wraps(forward)
     def phased_forward(*args, **kwargs):
         arguments = read(args, kwargs)
-        if torch.compiler.is_compiling() and phase.decoding and input_shape(arguments)[1] == 1:
+        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
             return forward(*args, **kwargs)
+        if decoder.training:
+            raise RuntimeError("the model is in training mode: call model.eval(), or popmm.detach(model) to train")
         return run(forward, args, kwargs, arguments)
 
     return phased_forward
@@ -174,14 +177,17 @@ def _exclusive(generate: Callable, phase: Phase) -> Callable:
     return exclusive_generate
 
 
-class _NoCopy:
-    """Stands on an attached decoder: a copy would share its hooks with the original, so none is made."""
+def _chunked(prefill: Callable, phase: Phase) -> Callable:
+    """``generate``'s prefill, in which a last chunk of one token is told apart from a decode step."""
 
-    def __deepcopy__(self, memo: dict):
-        raise RuntimeError("this model is attached: call popmm.detach(model) before copying or pickling it")
+    @functools.wraps(prefill)
+    def chunked_prefill(input_ids, generation_config, *args, **kwargs):
+        if generation_config.prefill_chunk_size is None:
+            return prefill(input_ids, generation_config, *args, **kwargs)
+        with phase.reading_prompt():
+            return prefill(input_ids, generation_config, *args, **kwargs)
 
-    def __reduce__(self):
-        self.__deepcopy__({})
+    return chunked_prefill
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -156,6 +156,8 @@ class Phase:
         self.decoding = False  # read by every FFN; between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None
         self.shape = (0, 0)
+        self.in_prompt = False
+        self._simulating = False
         self._ffns = ffns
         self._owner = object()
         self._active: Sequence | None = None
@@ -197,12 +199,28 @@ class Phase:
             if self._simulating:
                 return self._decode(forward, args, kwargs, shape, cache)
             known = self._sequence_of(cache)
-            if shape[1] == 1 and has_past(cache, known) and self._can_decode(known):
+            if shape[1] == 1 and not self.in_prompt and has_past(cache, known) and self._can_decode(known):
                 return self._decode(forward, args, kwargs, shape, cache)
             past = 0 if cache is None else int(cache.get_seq_length())
             counted = counted_tokens(arguments.get("attention_mask"), shape, past)
             sequence = known if past and known is not None else Sequence(self._owner)
             return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, counted), cache)
+
+    @contextmanager
+    def reading_prompt(self) -> Iterator[None]:
+        """Inside, passes of one token belong to a prompt (the last chunk of a chunked prefill)."""
+        self.in_prompt = True
+        try:
+            yield
+        finally:
+            self.in_prompt = False
+
+    def __deepcopy__(self, memo: dict):
+        # a copy of the model would share its hooks with the original
+        raise RuntimeError("this model is attached: call popmm.detach(model) before copying or pickling it")
+
+    def __reduce__(self):
+        self.__deepcopy__({})
 
     @contextmanager
     def simulated_decode(self) -> Iterator[None]:
@@ -215,8 +233,6 @@ class Phase:
                 yield
             finally:
                 self._simulating = False
-
-    _simulating = False
 
     def _sequence_of(self, cache) -> Sequence | None:
         sequence = getattr(cache, _ON_CACHE, None)

@@ -90,6 +90,13 @@ class PartitionState:
             for ffn, before in zip(self._ffns, previous):
                 ffn.trace = before
 
+    def simulated_decode(self):
+        """Context in which passes of several tokens are decode: each token is pruned as if it came alone.
+
+        Teacher-forced text then costs one pass instead of one per token, with the same logits.
+        """
+        return self._phase.simulated_decode()
+
     def __repr__(self) -> str:
         pruned, dense = self.bytes_per_token()
         status = "partitioned" if self.ready else "waiting for a prompt"
