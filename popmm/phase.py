@@ -176,6 +176,11 @@ class Phase:
             for ffn in self._ffns:
                 ffn.partition = None
 
+    def release(self) -> None:
+        """Frees what decode needed; partitions stay readable."""
+        for ffn in self._ffns:
+            ffn.release()
+
     @contextmanager
     def exclusive(self, action: str) -> Iterator[None]:
         """Refuses a second thread: one model has one partition."""
@@ -233,6 +238,11 @@ class Phase:
                 yield
             finally:
                 self._simulating = False
+
+    def repartition(self) -> None:
+        """Partitions all FFNs anew from the statistics at hand."""
+        if self._active is not None:
+            self._activate(self._active)
 
     def _sequence_of(self, cache) -> Sequence | None:
         sequence = getattr(cache, _ON_CACHE, None)

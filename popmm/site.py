@@ -39,6 +39,11 @@ class PrunedFFN:
         self.phase = phase
         self.dense_forward = self.site.module.forward
 
+    def release(self) -> None:
+        """Frees the layout, after detach."""
+        self.layout.release()
+        self.dense_forward = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the module's forward: dense at prefill, pruned at decode."""
         if not self.phase.decoding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -89,6 +90,16 @@ class PartitionState:
         finally:
             for ffn, before in zip(self._ffns, previous):
                 ffn.trace = before
+
+    def partition_seconds(self) -> float:
+        """Measures how long it takes to partition all FFNs from the statistics at hand, layout included."""
+        device = self._ffns[0].layout.norms.device
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        synchronize()
+        start = time.perf_counter()
+        self._phase.repartition()
+        synchronize()
+        return time.perf_counter() - start
 
     def simulated_decode(self):
         """Context in which passes of several tokens are decode: each token is pruned as if it came alone.

@@ -57,8 +57,9 @@ def build_model(form: str, vocab_size: int):
     """The untrained model. FFNs take most of each block, as in large models."""
     shared = dict(
         vocab_size=vocab_size,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -66,13 +67,10 @@ def build_model(form: str, vocab_size: int):
         pad_token_id=1,
     )
     if form == "dense":
-        return LlamaForCausalLM(
-            LlamaConfig(hidden_size=192, intermediate_size=1024, num_hidden_layers=6, **shared)
-        )
+        return LlamaForCausalLM(LlamaConfig(intermediate_size=768, num_hidden_layers=6, **shared))
     config = MixtralConfig(
-        hidden_size=192,
         intermediate_size=256,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_local_experts=8,
         num_experts_per_tok=2,
         output_router_logits=True,
@@ -140,7 +138,7 @@ def train(model, stream: torch.Tensor, held_out: torch.Tensor, args: argparse.Na
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            if step % 100 == 0:
+            if step % 250 == 0:
                 model.eval()
                 perplexity = held_out_perplexity(model, held_out[: 16 * CONTEXT].to(device))
                 progress.console.print(f"step {step}/{steps} loss {loss.item():.3f} held-out {perplexity:.3f}")
@@ -158,8 +156,8 @@ def main() -> None:
     parser.add_argument("--form", choices=["dense", "moe"], default="dense")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--epochs", type=float, default=14.0)
-    parser.add_argument("--batch-size", type=int, default=8, help="windows of 512 tokens per step")
+    parser.add_argument("--epochs", type=float, default=12.0)
+    parser.add_argument("--batch-size", type=int, default=4, help="windows of 512 tokens per step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,45 @@
+"""Models by name: bundled ones as ``zoo:NAME``, others by path or hub id."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from popmm import zoo
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ZOO_PREFIX = "zoo:"
+
+
+def load_model(name: str, dtype: str | None = None, device: str | None = None):
+    """``(model, tokenizer)``, the model in eval mode.
+
+    Args:
+        name: ``zoo:stories``, a folder, or a hub id.
+        dtype: a key of ``DTYPES``; None = float32 on the CPU, bfloat16 elsewhere.
+        device: a torch device; None = cuda where there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch_dtype = DTYPES[dtype or ("float32" if device == "cpu" else "bfloat16")]
+    if name.startswith(ZOO_PREFIX):
+        model, tokenizer = zoo.load(name.removeprefix(ZOO_PREFIX), dtype=torch_dtype)
+        return model.to(device), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device).eval()
+    return model, tokenizer
+
+
+def encode(tokenizer, prompt: str, device, chat: bool = False) -> dict[str, torch.Tensor]:
+    """A prompt as ``generate`` takes it, with the tokenizer's chat template if ``chat``."""
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError("this tokenizer has no chat template: leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].numel() == 0:
+        raise ValueError("the prompt is empty: give at least one word")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
