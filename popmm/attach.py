@@ -15,6 +15,7 @@ from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, des
 from popmm.adapters.base import find_decoder
 from popmm.budget import RegionSizes, check_ffn_ratio, ratio_of, region_sizes
 from popmm.config import PopConfig
+from popmm.experts import IMPLEMENTATION, ON_MODULE, PrunedExperts, dense_experts
 from popmm.phase import Arguments, Phase, input_shape
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
@@ -90,21 +91,28 @@ class _Attachment:
     """What was put on a model, and what stood there before. Kept on the decoder, and so freed with it."""
 
     decoder: nn.Module
+    sites: list[FFNSite]
     state: PartitionState
     phase: Phase
     overrides: list[tuple[Any, str, Any]]  # (module, attribute, value to set)
     hooks: list[tuple[nn.Module, Callable]]  # (module, forward pre-hook)
     replaced: list[tuple[Any, str, Any]] = field(default_factory=list)
     handles: list = field(default_factory=list)
+    experts_implementation: str | None = None  # the former one
 
     def install(self) -> None:
         self.overrides.append((self.decoder, _ATTACHMENT, self))
         for module, attribute, value in self.overrides:
             self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
             module.__dict__[attribute] = value
+        if any(site.is_experts for site in self.sites):
+            self.experts_implementation = self.decoder.config._experts_implementation
+            self.decoder.set_experts_implementation(IMPLEMENTATION)
         self.handles = [module.register_forward_pre_hook(hook) for module, hook in self.hooks]
 
     def remove(self) -> None:
+        if self.experts_implementation is not None:
+            self.decoder.set_experts_implementation(self.experts_implementation)
         for handle in self.handles:
             handle.remove()
         for module, attribute, before in reversed(self.replaced):
@@ -134,7 +142,9 @@ def _build(
             left_dense.append(site)
         elif not site.shared or config.shared_experts == "prune":
             sizes = sizes_of(site.weights().d_ff, ratio, config.candidate_fraction)
-            ffns.append(PrunedFFN(site, sizes, config))
+            ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config))
+        else:
+            left_dense.append(site)
     phase = Phase(ffns)
     state = PartitionState(config, ratio, ffns, left_dense, phase)
 
@@ -147,9 +157,15 @@ def _build(
     hooks = []
     for ffn in ffns:
         ffn.wire(phase)
+        if ffn.site.is_experts:
+            overrides.append((ffn.site.module, ON_MODULE, ffn.forward))
+            continue
         overrides.append((ffn.site.module, "forward", ffn.forward))
         hooks.append((ffn.site.down, ffn.observe))
-    return _Attachment(decoder, state, phase, overrides, hooks)
+    for site in left_dense:
+        if site.is_experts:
+            overrides.append((site.module, ON_MODULE, dense_experts(site.module)))
+    return _Attachment(decoder, list(description.sites()), state, phase, overrides, hooks)
 
 
 def _phased(decoder: nn.Module, phase: Phase) -> Callable:

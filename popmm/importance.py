@@ -83,25 +83,62 @@ class ChannelStatistics:
         return (self.total / self.tokens.clamp(min=1).unsqueeze(-1)).float()
 
 
-def measure(h: Tensor, score: TokenScore, down_norm: Tensor, weight: Tensor | None = None) -> ChannelStatistics:
+def measure(
+    h: Tensor,
+    score: TokenScore,
+    down_norm: Tensor,
+    weight: Tensor | None = None,
+    experts: Tensor | None = None,
+) -> ChannelStatistics:
     """Statistics of the tokens in h.
 
     Args:
         h: activations ``[n_tokens, d_ff]``, any float dtype.
         score: token score.
-        down_norm: ``||W_down[:, i]||``, float32 ``[d_ff]``.
+        down_norm: ``||W_down[:, i]||``, float32 ``[d_ff]``, or ``[n_experts, d_ff]`` with ``experts``.
         weight: factor on each token's score, ``[n_tokens]``; None = 1.
+        experts: the expert that each row of h belongs to, int64 ``[n_tokens]``; None = a plain FFN.
     """
     accumulate = torch.float32 if h.device.type == "mps" else torch.float64
     n_tokens, d_ff = h.shape
-    squares = torch.zeros(d_ff, dtype=accumulate, device=h.device)
+    squares = torch.zeros(down_norm.shape, dtype=accumulate, device=h.device)
     total = torch.zeros_like(squares)
-    rows = max(1, CHUNK_ELEMENTS // max(d_ff, 1))
-    for start in range(0, n_tokens, rows):
-        part = h[start : start + rows].float()
-        scores = score(part, down_norm)
+    n_rows = max(1, CHUNK_ELEMENTS // max(d_ff, 1))
+    for start in range(0, n_tokens, n_rows):
+        rows = slice(start, start + n_rows)
+        part = h[rows].float()
+        scores = score(part, down_norm if experts is None else down_norm[experts[rows]])
         if weight is not None:
-            scores = scores * weight[start : start + rows, None].float()
-        squares += scores.float().square().sum(0, dtype=accumulate)
-        total += part.sum(0, dtype=accumulate)
-    return ChannelStatistics(squares, total, torch.tensor(n_tokens, device=h.device))
+            scores = scores * weight[rows, None].float()
+        scores = scores.float().square()
+        if experts is None:
+            squares += scores.sum(0, dtype=accumulate)
+            total += part.sum(0, dtype=accumulate)
+        else:
+            squares.index_add_(0, experts[rows], scores.to(accumulate))
+            total.index_add_(0, experts[rows], part.to(accumulate))
+    if experts is None:
+        tokens = torch.tensor(n_tokens, device=h.device)
+    else:
+        tokens = torch.bincount(experts, minlength=len(down_norm))
+    return ChannelStatistics(squares, total, tokens)
+
+
+def blend_with_prior(statistics: ChannelStatistics, prior: Tensor, prior_tokens: float) -> Tensor:
+    """Importance of experts' channels, float32 ``[n_experts, d_ff]``, from few tokens and a prior.
+
+    An expert that read n tokens has ``n / (n + n0)`` of its own root-mean-square token score and
+    ``n0 / (n + n0)`` of the prior; one that read none has the prior alone. The prior is scaled to the
+    scores of the layer's experts that did read tokens.
+
+    Args:
+        statistics: of all experts.
+        prior: scores known without a prompt, float32 ``[n_experts, d_ff]``.
+        prior_tokens: n0.
+    """
+    n = statistics.tokens.to(statistics.squares.dtype)
+    own = (statistics.squares / n.clamp(min=1).unsqueeze(-1)).sqrt()
+    seen = n > 0
+    level = own[seen].mean() / prior[seen].to(own.dtype).mean().clamp(min=1e-30)
+    share = torch.where(seen, n / (n + prior_tokens).clamp(min=1), torch.zeros_like(n)).unsqueeze(-1)
+    return (share * own + (1 - share) * level * prior).float()

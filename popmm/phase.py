@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from popmm.importance import ChannelStatistics
 
 if TYPE_CHECKING:
-    from popmm.site import PrunedFFN
+    from popmm.site import PrunedSite
 
 _ON_CACHE = "_popmm_sequence"
 
@@ -152,7 +152,7 @@ class PromptPass:
 class Phase:
     """Follows the passes of one attached model and keeps its FFNs partitioned for the sequence at hand."""
 
-    def __init__(self, ffns: list[PrunedFFN]) -> None:
+    def __init__(self, ffns: list[PrunedSite]) -> None:
         self.decoding = False  # read by every FFN; between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None
         self.shape = (0, 0)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from popmm.site import PrunedFFN
+    from popmm.site import PrunedSite
     from popmm.state import PartitionState
 
 
@@ -30,7 +30,7 @@ def to_text(table: Table, width: int = 110) -> str:
     return buffer.getvalue().rstrip()
 
 
-def summary_table(state: PartitionState, ffns: list[PrunedFFN]) -> str:
+def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     """``PartitionState.summary``: a row per FFN, then the total and the settings."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("FFN")

@@ -1,4 +1,4 @@
-"""One FFN of an attached model: it measures the prompt and computes the pruned decode step."""
+"""FFNs of an attached model: they measure the prompt and compute the pruned decode step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from popmm.partition import FFNPartition, split
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
     from popmm.config import PopConfig
-    from popmm.phase import Phase
+    from popmm.phase import Phase, PromptPass
     from popmm.trace import Trace
 
 
-class PrunedFFN:
-    """A dense gated FFN under POP. ``forward`` and ``observe`` are wired to the model by ``attach``."""
+class PrunedSite:
+    """What FFNs and experts under POP have in common: a partition, a layout, a trace."""
 
     def __init__(self, site: FFNSite, sizes: RegionSizes, config: PopConfig) -> None:
         self.name = site.name
@@ -34,15 +34,54 @@ class PrunedFFN:
         self.layout = CopyLayout(sizes, fill_mean=config.fill == "mean")
         self.layout.allocate(site.weights())
 
-    def wire(self, phase: Phase) -> None:
-        """Remembers whom to ask for the phase, and the module's own forward."""
-        self.phase = phase
-        self.dense_forward = self.site.module.forward
+    def importance(self, statistics: ChannelStatistics) -> Tensor:
+        """Importance that the partition ranks by, float32 ``[(E,) d_ff]``."""
+        return statistics.importance
+
+    def split(self, statistics: ChannelStatistics) -> FFNPartition:
+        return split(self.importance(statistics), self.sizes, statistics.tokens)
+
+    def add(self, prompt: PromptPass, new: ChannelStatistics) -> ChannelStatistics:
+        """Adds a pass's statistics to what the sequence has; kept by the phase if the pass ends well."""
+        known = prompt.statistics.get(self.name) or prompt.sequence.statistics.get(self.name)
+        prompt.statistics[self.name] = new if known is None else known + new
+        return prompt.statistics[self.name]
+
+    def apply(self, statistics: ChannelStatistics) -> None:
+        """Partitions by the statistics and lays the weights out for decode."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.partition = self.split(statistics)
+            if self.sizes.is_dense:
+                return
+            source = self.site.weights()
+            if not self.layout.fits(source):
+                self.layout.allocate(source)
+            self.layout.write(source, self.partition, statistics.mean)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
         self.layout.release()
         self.dense_forward = None
+
+    def bytes_per_token(self) -> tuple[float, float]:
+        """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``.
+
+        The mask selection needs the down columns of the K channels that pass only:
+        ``(2 (|R| + |C|) + K) / 3`` channels.
+        """
+        s = self.sizes
+        channels = (2 * s.read + s.budget) / 3 if self.config.selection == "mask" else s.read
+        one = self.site.weights().bytes_per_channel() * max(self.site.top_k, 1)
+        return channels * one, s.d_ff * one
+
+
+class PrunedFFN(PrunedSite):
+    """A dense gated FFN under POP. ``forward`` and ``observe`` are wired to the model by ``attach``."""
+
+    def wire(self, phase: Phase) -> None:
+        """Remembers whom to ask for the phase, and the module's own forward."""
+        self.phase = phase
+        self.dense_forward = self.site.module.forward
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the module's forward: dense at prefill, pruned at decode."""
@@ -80,31 +119,13 @@ class PrunedFFN:
         with torch.inference_mode(False), torch.no_grad():
             flat = h.detach().flatten(0, -2)
             counted = flat if prompt.counted is None else flat[prompt.counted.flatten().to(h.device)]
-            new = measure(counted, self.score, self.layout.norms)
-            known = prompt.statistics.get(self.name) or prompt.sequence.statistics.get(self.name)
-            statistics = new if known is None else known + new
-        prompt.statistics[self.name] = statistics
+            statistics = self.add(prompt, measure(counted, self.score, self.layout.norms))
         if self.config.prefill == "dense" or self.sizes.is_dense:
             return None
         pruned = self.split(statistics).pruned
-        stand_in = statistics.mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
         h = h.clone()
-        h[..., pruned] = stand_in
+        h[..., pruned] = statistics.mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
         return (h,)
-
-    def split(self, statistics: ChannelStatistics) -> FFNPartition:
-        return split(statistics.importance, self.sizes, statistics.tokens)
-
-    def apply(self, statistics: ChannelStatistics) -> None:
-        """Partitions by the statistics and lays the weights out for decode."""
-        with torch.inference_mode(False), torch.no_grad():
-            self.partition = self.split(statistics)
-            if self.sizes.is_dense:
-                return
-            source = self.site.weights()
-            if not self.layout.fits(source):
-                self.layout.allocate(source)
-            self.layout.write(source, self.partition, statistics.mean)
 
     def record(self, x: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels that passed, in the model's own numbers."""
@@ -116,14 +137,3 @@ class PrunedFFN:
             order = self.partition.reading_order.to(x.device)
             full[:, order] = passing.reshape(batch * n_tokens, -1)
         self.trace.add(self.name, full.view(batch, n_tokens, -1).transpose(0, 1))
-
-    def bytes_per_token(self) -> tuple[float, float]:
-        """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``.
-
-        The mask selection needs the down columns of the K channels that pass only:
-        ``(2 (|R| + |C|) + K) / 3`` channels.
-        """
-        s = self.sizes
-        channels = (2 * s.read + s.budget) / 3 if self.config.selection == "mask" else s.read
-        one = self.site.weights().bytes_per_channel()
-        return channels * one, s.d_ff * one

@@ -18,7 +18,7 @@ from popmm.trace import Trace
 
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
-    from popmm.site import PrunedFFN
+    from popmm.site import PrunedSite
 
 
 class PartitionState:
@@ -33,7 +33,7 @@ class PartitionState:
     """
 
     def __init__(
-        self, config: PopConfig, ffn_ratio: float, ffns: list[PrunedFFN], left_dense: list[FFNSite], phase: Phase
+        self, config: PopConfig, ffn_ratio: float, ffns: list[PrunedSite], left_dense: list[FFNSite], phase: Phase
     ) -> None:
         self.config = config
         self.ffn_ratio = ffn_ratio

@@ -6,15 +6,23 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GptOssConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
+    PhimoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 64
@@ -44,6 +52,52 @@ DENSE = {
     "glm4": Glm4Config(**COMMON, head_dim=8),
 }
 
+EXPERTS = {k: v for k, v in COMMON.items() if k != "intermediate_size"}
+MOE = {
+    "mixtral": MixtralConfig(
+        **EXPERTS, intermediate_size=48, num_local_experts=6, num_experts_per_tok=2, sliding_window=None
+    ),
+    "qwen2-moe": Qwen2MoeConfig(
+        **EXPERTS,
+        intermediate_size=80,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=64,
+        num_experts=6,
+        num_experts_per_tok=2,
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **EXPERTS, moe_intermediate_size=48, num_experts=6, num_experts_per_tok=3, head_dim=8, mlp_only_layers=[]
+    ),
+    "olmoe": OlmoeConfig(**EXPERTS, intermediate_size=48, num_experts=6, num_experts_per_tok=2),
+    "deepseek-v3": DeepseekV3Config(
+        **{**EXPERTS, "num_key_value_heads": 4},
+        intermediate_size=80,
+        moe_intermediate_size=48,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "granite-moe": GraniteMoeConfig(**EXPERTS, intermediate_size=48, num_local_experts=6, num_experts_per_tok=2),
+    "gpt-oss": GptOssConfig(
+        **EXPERTS,
+        intermediate_size=48,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        head_dim=8,
+        sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "phimoe": PhimoeConfig(**EXPERTS, intermediate_size=48, num_local_experts=6, num_experts_per_tok=2, sliding_window=None),
+}
+
 
 def build(config, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random causal language model in eval mode. Weights are wide enough for channels to differ."""
@@ -64,6 +118,13 @@ def dense(name: str, **changes):
     if changes.pop("dtype", None) is not None:
         raise TypeError("give dtype to build")
     return build(type(config)(**{**config.to_dict(), **changes}))
+
+
+def moe(name: str, implementation: str | None = None):
+    model = build(type(MOE[name])(**MOE[name].to_dict()))
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
+    return model
 
 
 def prompt(n_tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""A linear layer per row, each with the weights of its own expert, read in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.integrations import moe as hf_moe
+
+
+def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y[s] = weight[experts[s]] @ x[s] (+ bias[experts[s]])``.
+
+    No expert's matrix is copied: on the CPU each routed expert's matrix is read where it lies, elsewhere
+    a grouped product reads it by offset. Static shapes; no synchronisation on an accelerator.
+
+    Args:
+        x: rows ``[n_rows, d_in]``.
+        weight: ``[n_experts, d_out, d_in]``, any strides.
+        experts: int64 ``[n_rows]``.
+        bias: ``[n_experts, d_out]``.
+    """
+    if x.device.type == "cpu":
+        y = _on_cpu(x, weight, experts) if torch.compiler.is_compiling() else _rows(x, weight, experts)
+    else:
+        y = _grouped(x, weight, experts)
+    return y if bias is None else y + bias[experts]
+
+
+def _rows(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    rows_of: dict[int, list[int]] = {}
+    for row, expert in enumerate(experts.tolist()):
+        rows_of.setdefault(expert, []).append(row)
+    for expert, rows in rows_of.items():
+        if len(rows) == 1:
+            row = rows[0]
+            y[row : row + 1] = torch.nn.functional.linear(x[row : row + 1], weight[expert])
+        else:
+            index = torch.tensor(rows)
+            y[index] = torch.nn.functional.linear(x[index], weight[expert])
+    return y
+
+
+# opaque to torch.compile, which could not trace the data-dependent loop
+_on_cpu = torch.library.custom_op("popmm::expert_linear", _rows, mutates_args=())
+
+
+@_on_cpu.register_fake
+def _(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _grouped(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    ordered, order = experts.sort(stable=True)
+    counts = torch.zeros(weight.shape[0], dtype=torch.int32, device=x.device)
+    counts.scatter_add_(0, ordered, torch.ones_like(ordered, dtype=torch.int32))
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    y = hf_moe._grouped_mm(x[order], weight.mT, offsets)
+    return torch.empty_like(y).index_copy_(0, order, y)

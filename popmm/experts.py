@@ -1,0 +1,218 @@
+"""Mixture of experts under POP: one partition per expert, from the prompt tokens routed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from popmm import ffn as arithmetic
+from popmm.adapters import UnsupportedModelError
+from popmm.expert_linear import expert_linear
+from popmm.importance import ChannelStatistics, blend_with_prior, measure
+from popmm.phase import Phase
+from popmm.site import PrunedSite
+
+IMPLEMENTATION = "popmm"  # our name in transformers' experts interface
+ON_MODULE = "_popmm_experts"  # where an attached experts module finds its forward
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def popmm_experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Our entry in transformers' experts interface; a module that is not attached runs grouped_mm."""
+    forward = module.__dict__.get(ON_MODULE)
+    if forward is None:
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
+    return forward(hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, popmm_experts_forward)
+
+
+def dense_experts(module: nn.Module) -> Callable[..., Tensor]:
+    """The forward that an experts module has before attach, whatever its config says later."""
+    original = getattr(type(module).forward, "__wrapped__", None)
+    if original is None:
+        raise UnsupportedModelError(f"{type(module).__name__} does not use transformers' experts interface")
+    return partial(ALL_EXPERTS_FUNCTIONS.get_interface(module.config._experts_implementation, original), module)
+
+
+class PrunedExperts(PrunedSite):
+    """The stacked experts of one layer under POP."""
+
+    def wire(self, phase: Phase) -> None:
+        """Remembers whom to ask for the phase, and the experts implementation that runs the prompt."""
+        self.phase = phase
+        self.dense_forward = dense_experts(self.site.module)
+        self._implementation = self.dense_forward.func
+        weights = self.site.weights()
+        # a channel's score without a prompt: the norms of the three vectors it is made of
+        norms = [torch.linalg.vector_norm(w, dim=-1, dtype=torch.float32) for w in (weights.gate, weights.up)]
+        self.prior = norms[0] * norms[1] * self.layout.norms
+        self._rows = self._probe()
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Experts of tokens x ``[n_tokens, d_model]`` routed to ``index`` with ``weight`` (``[n_tokens, k]``)."""
+        if not self.phase.decoding:
+            return self.prefill(x, index, weight)
+        if self.sizes.is_dense:
+            y, passing = self.dense_forward(x, index, weight), None
+        else:
+            y, passing = self.decode(x, index, weight)
+        if self.trace is not None:
+            self.record(index, passing)
+        return y
+
+    def decode(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Pruned experts. Each (token, expert) pair masks its own candidates.
+
+        Returns:
+            The output ``[n_tokens, d_model]``, and which channels in reading order passed, bool
+            ``[n_tokens * k, |R| + |C|]``.
+        """
+        w, layout, sizes = self.layout.weights, self.layout, self.sizes
+        experts = index.flatten()
+        pairs = x.repeat_interleave(index.shape[-1], dim=0)
+        gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
+        h = self.site.combine(gate, expert_linear(pairs, w.up, experts, w.up_bias))
+        if self.config.selection == "keep":
+            passing = torch.ones_like(h, dtype=torch.bool)
+        else:
+            passing = arithmetic.select(h, self.score, layout.down_norm[experts], sizes.retained, sizes.budget)
+            stand_in = torch.zeros((), dtype=h.dtype, device=h.device) if layout.mean is None else layout.mean[experts]
+            h = torch.where(passing, h, stand_in)
+        y = expert_linear(h, w.down, experts, w.down_bias)
+        return _mix(y, weight, x), passing
+
+    def prefill(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Prompt pass: dense, or with the pruned channels of each expert off."""
+        prompt = self.phase.prompt
+        if prompt is None:
+            return self.dense_forward(x, index, weight)
+        pruning = self.config.prefill == "pruned" and not self.sizes.is_dense
+        statistics = None
+
+        def observe(h: Tensor, rows: Tensor) -> Tensor:
+            """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``."""
+            nonlocal statistics
+            statistics = self._measure(h, rows, index, weight)
+            return self._without_pruned(h, index.flatten()[rows], statistics) if pruning else h
+
+        if self._rows is not None:
+            rows = self._rows(index.flatten())
+            return self._implementation(_Observed(self.site.module, lambda h: observe(h, rows)), x, index, weight)
+        h, rows = self._hidden(x, index)
+        h = observe(h, rows)
+        if not pruning:
+            return self.dense_forward(x, index, weight)
+        w = self.site.weights()
+        y = expert_linear(h, w.down, index.flatten(), w.down_bias)
+        return _mix(y, weight, x)
+
+    def importance(self, statistics: ChannelStatistics) -> Tensor:
+        return blend_with_prior(statistics, self.prior.to(statistics.squares.device), self.config.prior_tokens)
+
+    def release(self) -> None:
+        super().release()
+        self.prior = None
+
+    def record(self, index: Tensor, passing: Tensor | None) -> None:
+        """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""
+        batch, n_tokens = self.phase.shape
+        experts = index.flatten()
+        order = self.partition.reading_order.to(index.device)[experts]
+        if passing is None:
+            order, passing = self.partition.retained.to(index.device)[experts], torch.ones_like(order, dtype=torch.bool)
+        pairs = torch.zeros(len(experts), self.sizes.d_ff, dtype=torch.bool, device=index.device)
+        pairs.scatter_(1, order, passing)
+        full = torch.zeros(batch * n_tokens, self.site.n_experts, self.sizes.d_ff, dtype=torch.bool, device=index.device)
+        token = torch.arange(batch * n_tokens, device=index.device).repeat_interleave(index.shape[-1])
+        full[token, experts] = pairs
+        self.trace.add(self.name, full.view(batch, n_tokens, *full.shape[1:]).transpose(0, 1))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _measure(self, h: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> ChannelStatistics:
+        prompt = self.phase.prompt
+        token = rows // index.shape[-1]
+        if prompt.counted is not None:
+            counted = prompt.counted.flatten().to(h.device)[token]
+            h, rows = h[counted], rows[counted]
+        experts = index.detach().flatten()[rows].clone()
+        factor = weight.detach().flatten()[rows] if self.config.importance == "routed" else None
+        return self.add(prompt, measure(h.detach(), self.score, self.layout.norms, factor, experts))
+
+    def _without_pruned(self, h: Tensor, experts: Tensor, statistics: ChannelStatistics) -> Tensor:
+        pruned = self.split(statistics).pruned[experts]
+        if self.config.fill == "mean":
+            return h.scatter(1, pruned, statistics.mean[experts].gather(1, pruned).to(h.dtype))
+        return h.scatter(1, pruned, 0.0)
+
+    def _hidden(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """h of all (token, choice) pairs by the canonical weights, in natural order."""
+        w, experts = self.site.weights(), index.flatten()
+        pairs = x.repeat_interleave(index.shape[-1], dim=0)
+        gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
+        h = self.site.combine(gate, expert_linear(pairs, w.up, experts, w.up_bias))
+        return h, torch.arange(len(experts), device=x.device)
+
+    @torch.no_grad()
+    def _probe(self) -> Callable[[Tensor], Tensor] | None:
+        """Verifies the adapter's description, and finds the row order of the running implementation's h.
+
+        Implementations that pass h through ``_apply_gate`` can be observed at no cost. Returns a function
+        from flat expert numbers to the (token, choice) pair behind each row, or None if h must be
+        computed a second time.
+        """
+        w = self.site.weights()
+        generator = torch.Generator().manual_seed(0)
+        n_tokens = 4
+        x = torch.randn(n_tokens, w.d_model, generator=generator).to(w.gate.device, w.gate.dtype)
+        index = torch.stack([torch.randperm(self.site.n_experts, generator=generator)[: self.site.top_k] for _ in range(n_tokens)])
+        index = index.to(x.device)
+        weight = torch.rand(index.shape, generator=generator).to(x)
+        h, _ = self._hidden(x, index)
+        ours = _mix(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
+        seen: list[Tensor] = []
+
+        def keep(rows: Tensor) -> Tensor:
+            seen.append(rows)
+            return rows
+
+        theirs = self._implementation(_Observed(self.site.module, keep), x, index, weight)
+        if not _close(ours, theirs):
+            raise UnsupportedModelError(
+                f"{self.name}: {type(self.site.module).__name__} computes something other than "
+                "down(act(gate(x)) * up(x)) per expert: register an adapter for this form (entry-point group 'popmm.adapters')"
+            )
+        orders = (lambda flat: torch.arange(len(flat), device=flat.device), lambda flat: flat.sort()[1])
+        for order in orders:
+            if len(seen) == 1 and seen[0].shape == h.shape and _close(seen[0], h[order(index.flatten())]):
+                return order
+        return None
+
+
+class _Observed:
+    """An experts module whose ``_apply_gate`` hands h to an observer and goes on with what it returns."""
+
+    def __init__(self, module: nn.Module, observe: Callable[[Tensor], Tensor]) -> None:
+        self._module, self._observe = module, observe
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self._observe(self._module._apply_gate(gate_up))
+
+
+def _mix(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Sum of the experts' outputs y ``[n_tokens * k, d_model]`` by router weight ``[n_tokens, k]``."""
+    mixed = (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1)
+    return mixed.to(x.dtype)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a.float() - b.float()).abs().max() <= TOLERANCE.get(a.dtype, 1e-4) * b.float().abs().max())

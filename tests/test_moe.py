@@ -1,0 +1,365 @@
+"""Experts: one partition each, from the tokens routed to it; against loops over the model's own weights."""
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import popmm
+import tiny
+from popmm import reference
+
+RATIO = 0.4
+CONFIG = popmm.PopConfig(ffn_ratio=RATIO, candidate_fraction=0.2, prior_tokens=0)
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+
+
+def experts_of(model):
+    """Name to experts module, in layer order."""
+    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith("Experts")}
+
+
+def expert_h(module, expert, x):
+    """h ``[n, d_ff]`` of one expert by the module's own stacked weights."""
+    w = module.gate_up_proj[expert]
+    gate_up = x @ (w if module.is_transposed else w.T)
+    if module.has_bias:
+        gate_up = gate_up + module.gate_up_proj_bias[expert]
+    return module._apply_gate(gate_up)
+
+
+def expert_down(module, expert):
+    """down ``[d_model, d_ff]``."""
+    w = module.down_proj[expert]
+    return w.T if module.is_transposed else w
+
+
+@contextmanager
+def routed(model):
+    """Yields {name: list of (x, index, weight)} seen by the experts modules."""
+    seen = {name: [] for name in experts_of(model)}
+
+    def keep(name):
+        return lambda module, args: seen[name].append(tuple(a.detach().clone() for a in args))
+
+    handles = [m.register_forward_pre_hook(keep(name)) for name, m in experts_of(model).items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def expected_partitions(model, prompts, budget, fraction=0.2, importance="wanda", router=False):
+    """{name: [(R, C, P) or None per expert]} from unpadded prompts, pooled; None = no token came."""
+    rows = {name: {} for name in experts_of(model)}
+    for ids in prompts:
+        with routed(model) as seen:
+            model(ids[None])
+        for name, calls in seen.items():
+            for x, index, weight in calls:
+                for t, k in itertools.product(range(len(x)), range(index.shape[1])):
+                    scale = weight[t, k] if router else 1.0
+                    rows[name].setdefault(int(index[t, k]), []).append((x[t], scale))
+    result = {}
+    for name, module in experts_of(model).items():
+        regions = []
+        for expert in range(module.num_experts):
+            if expert not in rows[name]:
+                regions.append(None)
+                continue
+            x = torch.stack([x for x, _ in rows[name][expert]])
+            scale = torch.stack([torch.as_tensor(s) for _, s in rows[name][expert]])
+            h = expert_h(module, expert, x) * scale[:, None]
+            scores = reference.prompt_importance(importance, h, expert_down(module, expert))
+            regions.append(reference.partition(scores, budget, fraction))
+        result[name] = regions
+    return result
+
+
+def assert_partitions(state, expected):
+    for name, regions in expected.items():
+        p = state.layers[name]
+        for expert, region in enumerate(regions):
+            if region is not None:
+                found = tuple(getattr(p, part)[expert].tolist() for part in ("retained", "candidate", "pruned"))
+                assert found == region, (name, expert)
+
+
+@contextmanager
+def reference_experts(model, layers, budget, keep=False):
+    """Experts run by loops, one mask per (token, expert) pair, from given FFNPartitions."""
+
+    def make(module, p):
+        def forward(x, index, weight):
+            out = torch.zeros_like(x)
+            for t, k in itertools.product(range(len(x)), range(index.shape[1])):
+                e = int(index[t, k])
+                h, down = expert_h(module, e, x[t : t + 1])[0], expert_down(module, e)
+                retained, candidate = p.retained[e].tolist(), p.candidate[e].tolist()
+                if keep:
+                    mask = torch.zeros(len(h), dtype=torch.bool)
+                    mask[retained + candidate] = True
+                else:
+                    mask = reference.decode_mask(h, down, retained, candidate, budget)
+                y = down @ (h * mask)
+                if module.has_bias:
+                    y = y + module.down_proj_bias[e]
+                out[t] += weight[t, k] * y
+            return out
+
+        return forward
+
+    for name, module in experts_of(model).items():
+        module.forward = make(module, layers[name])
+    try:
+        yield
+    finally:
+        for module in experts_of(model).values():
+            del module.forward
+
+
+@torch.no_grad()
+def steps(model, prompt, continuation, decoding=None):
+    cache = model(prompt[None], use_cache=True).past_key_values
+    logits = []
+    with decoding() if decoding else torch.no_grad():
+        for token in continuation:
+            logits.append(model(token.view(1, 1), past_key_values=cache).logits[0, -1])
+    return torch.stack(logits)
+
+
+@pytest.fixture(params=tiny.MOE)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_partitions_equal_a_per_expert_computation(name, implementation):
+    model = tiny.moe(name, implementation)
+    ids = tiny.prompt(20)
+    with popmm.pruned(model, CONFIG) as state:
+        assert model.config._experts_implementation == "popmm"
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert model.config._experts_implementation == implementation
+    names = list(experts_of(model))
+    assert [n for n in state.layers if n.endswith("experts")] == names
+    expected = expected_partitions(model, [ids[0]], round((1 - RATIO) * 48))
+    assert sum(r is not None for regions in expected.values() for r in regions) > 3
+    assert_partitions(state, expected)
+
+
+def test_tokens_counts_what_was_routed(name):
+    model = tiny.moe(name)
+    ids = tiny.prompt(20)
+    with popmm.pruned(model, CONFIG) as state, routed(model) as seen:
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+    for layer, calls in seen.items():
+        _, index, _ = calls[0]
+        tokens = state.layers[layer].tokens
+        assert tokens.dtype == torch.int64
+        assert tokens.tolist() == [int((index == e).sum()) for e in range(len(tokens))]
+
+
+@pytest.mark.parametrize("selection", ["mask", "keep"])
+def test_decode_equals_a_loop_over_pairs(name, selection):
+    model = tiny.moe(name)
+    ids, continuation = tiny.prompt(20)[0], tiny.prompt(6, seed=1)[0]
+    config = CONFIG.replace(selection=selection, shared_experts="dense", skip_layers=(0,) if name == "deepseek-v3" else ())
+    with popmm.pruned(model, config) as state:
+        logits = steps(model, ids, continuation)
+    budget = round((1 - RATIO) * 48)
+
+    def decoding():
+        return reference_experts(model, state.layers, budget, keep=selection == "keep")
+
+    expected = steps(model, ids, continuation, decoding)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (expected - steps(model, ids, continuation)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("prefill", ["dense", "pruned"])
+def test_ratio_zero_equals_dense_exactly(name, prefill, implementation):
+    model = tiny.moe(name, implementation)
+    ids = tiny.prompt(9)
+    dense = model.generate(ids, max_new_tokens=6, do_sample=False)
+    logits = steps(model, ids[0], dense[0, 9:])
+    with popmm.pruned(model, pruning_ratio=0.0, prefill=prefill) as state:
+        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), dense)
+        assert torch.equal(steps(model, ids[0], dense[0, 9:]), logits)
+        assert state.ready
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dense_prefill_is_untouched(name, implementation):
+    model = tiny.moe(name, implementation)
+    ids = tiny.prompt(9)
+    with torch.no_grad():
+        dense = model(ids).logits
+        with popmm.pruned(model, CONFIG):
+            assert torch.equal(model(ids).logits, dense)
+
+
+def test_detach_leaves_no_trace(name):
+    model = tiny.moe(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    former = model.config._experts_implementation
+    with pytest.raises(KeyError), popmm.pruned(model, CONFIG):
+        model.generate(tiny.prompt(9), max_new_tokens=3)
+        raise KeyError
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.config._experts_implementation == former
+    for module in model.modules():
+        assert not [key for key in module.__dict__ if "popmm" in key or key in ("forward", "generate")]
+
+
+def test_padding_and_batch_order_do_not_matter(name):
+    model = tiny.moe(name)
+    short, long = tiny.prompt(7, seed=1)[0], tiny.prompt(15, seed=2)[0]
+    pad = len(long) - len(short)
+    ids = torch.stack([torch.nn.functional.pad(short, (pad, 0)), long])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(short), (pad, 0)), torch.ones_like(long)])
+    expected = expected_partitions(model, [short, long], round((1 - RATIO) * 48))
+    with popmm.pruned(model, CONFIG) as state:
+        for order in ([0, 1], [1, 0]):
+            for cache in ("dynamic", "static"):
+                model.generate(
+                    ids[order], attention_mask=mask[order], max_new_tokens=2, do_sample=False, cache_implementation=cache
+                )
+                assert_partitions(state, expected)
+
+
+def test_exactly_k_channels_pass_per_routed_expert(name):
+    model = tiny.moe(name)
+    with popmm.pruned(model, CONFIG) as state, state.trace() as trace, routed(model) as seen:
+        model.generate(tiny.prompt(9, batch=2), max_new_tokens=4, do_sample=False)
+    for layer in experts_of(model):
+        mask = trace[layer]
+        p = state.layers[layer]
+        assert mask.shape == (3, 2, len(p.tokens), 48)
+        counts = mask.sum(-1)
+        assert set(counts.unique().tolist()) == {0, p.budget}
+        for step, (_, index, _) in enumerate(seen[layer][1:]):
+            on = torch.zeros(counts.shape[1:], dtype=torch.bool).scatter(1, index, True)
+            assert torch.equal(counts[step] > 0, on)
+
+
+def test_pruned_prefill_turns_each_experts_pruned_channels_off():
+    outputs = {}
+    for implementation in IMPLEMENTATIONS:
+        model = tiny.moe("mixtral", implementation)
+        ids = tiny.prompt(20)
+        with torch.no_grad(), popmm.pruned(model, CONFIG.replace(prefill="pruned")) as state:
+            outputs[implementation] = model(ids).logits
+            layers = dict(state.layers)
+        with torch.no_grad(), reference_experts(model, layers, 0, keep=True):
+            torch.testing.assert_close(outputs[implementation], model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_routed_importance_weighs_by_the_router():
+    model = tiny.moe("mixtral")
+    ids = tiny.prompt(20)
+    with popmm.pruned(model, CONFIG.replace(importance="routed")) as state:
+        model.generate(ids, max_new_tokens=1)
+    expected = expected_partitions(model, [ids[0]], round((1 - RATIO) * 48), router=True)
+    assert_partitions(state, expected)
+    assert expected != expected_partitions(model, [ids[0]], round((1 - RATIO) * 48))
+
+
+def test_unseen_experts_have_the_priors_partition_and_decode_sensibly():
+    model = tiny.moe("mixtral")
+    ids = tiny.prompt(1)
+    experts = model.model.layers[0].mlp.experts
+    with popmm.pruned(model, CONFIG) as state, routed(model) as seen, state.trace() as trace:
+        with torch.no_grad():
+            cache = model(ids).past_key_values
+            tokens = state.layers["model.layers.0.mlp.experts"].tokens
+            logits = [model(t.view(1, 1), past_key_values=cache).logits for t in tiny.prompt(30, seed=5)[0]]
+    unseen = [e for e in range(6) if tokens[e] == 0]
+    assert len(unseen) == 4
+    used = {int(e) for _, index, _ in seen["model.layers.0.mlp.experts"][1:] for e in index.flatten()}
+    assert used & set(unseen), "decode reached no expert that the prompt had not seen"
+    assert all(torch.isfinite(l).all() for l in logits)
+    assert trace["model.layers.0.mlp.experts"].any()
+    p = state.layers["model.layers.0.mlp.experts"]
+    for e in unseen:
+        gate, up = experts.gate_up_proj[e].chunk(2)
+        prior = gate.norm(dim=1) * up.norm(dim=1) * experts.down_proj[e].norm(dim=0)
+        assert p.retained[e].tolist() == prior.argsort(descending=True)[: p.retained.shape[1]].tolist()
+
+
+def test_prior_weighs_less_the_more_tokens_came():
+    model = tiny.moe("mixtral")
+    ids = tiny.prompt(20)
+    moved = []
+    for n0 in (0.0, 1.0, 1e9):
+        with popmm.pruned(model, CONFIG.replace(prior_tokens=n0)) as state:
+            model.generate(ids, max_new_tokens=1)
+            moved.append(state.layers["model.layers.0.mlp.experts"].retained.tolist())
+    assert moved[0] != moved[2] and moved[1] != moved[2]
+
+
+def test_shared_experts_are_pruned_on_request():
+    model = tiny.moe("qwen2-moe")
+    with popmm.pruned(model, pruning_ratio=0.2) as state:
+        model.generate(tiny.prompt(9), max_new_tokens=2)
+        assert [n for n in state.layers if "shared" in n] == []
+        alone = state.ffn_ratio
+    with popmm.pruned(model, pruning_ratio=0.2, shared_experts="prune") as state, state.trace() as trace:
+        model.generate(tiny.prompt(9, batch=2), max_new_tokens=3, do_sample=False)
+        assert "model.layers.0.mlp.shared_expert" in state.layers
+        assert (trace["model.layers.0.mlp.shared_expert"].sum(-1) == state.layers["model.layers.0.mlp.shared_expert"].budget).all()
+        assert state.ffn_ratio < alone  # the shared expert takes its part of the budget
+
+
+def test_dense_first_layers_are_the_dense_adapters():
+    model = tiny.moe("deepseek-v3")
+    with popmm.pruned(model, CONFIG) as state:
+        model.generate(tiny.prompt(9), max_new_tokens=2)
+        assert list(state.layers) == ["model.layers.0.mlp", "model.layers.1.mlp.experts"]
+
+
+def test_bytes_per_token_counts_activated_experts():
+    model = tiny.moe("mixtral")
+    with popmm.pruned(model, CONFIG.replace(selection="keep")) as state:
+        p, d = state.bytes_per_token()
+    read = round(0.6 * 48) + 5
+    assert (p, d) == (2 * 2 * 3 * 32 * 4 * read, 2 * 2 * 3 * 32 * 4 * 48)
+
+
+@pytest.mark.parametrize("selection", ["mask", "keep"])
+def test_compiled_decode_equals_eager(selection):
+    from transformers import CompileConfig
+
+    model = tiny.moe("qwen3-moe")
+    compile_config = CompileConfig(fullgraph=True, backend="eager")
+    compile_config._compile_all_devices = True
+    settings = dict(cache_implementation="static", max_length=40, do_sample=False)
+    with popmm.pruned(model, CONFIG.replace(selection=selection)):
+        for n in (5, 9):
+            ids = tiny.prompt(n, seed=n, batch=2)
+            eager = model.generate(ids, **settings)
+            assert torch.equal(model.generate(ids, **settings, compile_config=compile_config), eager)
+
+
+def test_skipped_layers_run_their_former_implementation():
+    model = tiny.moe("mixtral", "batched_mm")
+    ids = tiny.prompt(9)
+    with popmm.pruned(model, ffn_ratio=0.0, skip_layers=(1,)):
+        inside = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(inside, model.generate(ids, max_new_tokens=5, do_sample=False))
+
+
+def test_experts_that_compute_something_else_are_refused():
+    model = tiny.moe("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    act = experts.act_fn
+    experts.is_transposed = True
+    with pytest.raises((popmm.UnsupportedModelError, RuntimeError)):
+        popmm.attach(model)
+    experts.is_transposed = False
+    experts.act_fn = act
+    assert not [key for m in model.modules() for key in m.__dict__ if "popmm" in key]
