@@ -14,14 +14,16 @@ from torch import Tensor
 
 def token_score(importance: str, h: Tensor, down: Tensor) -> list[float]:
     """Score of each channel for one token, from its activations h ``[d_ff]`` and down ``[d_model, d_ff]``."""
-    length = float(h.double().square().sum().sqrt()) or 1.0
-    scores = []
-    for i in range(h.numel()):
-        magnitude, norm = abs(float(h[i])), float(down[:, i].double().square().sum().sqrt())
-        scores.append(
-            {"wanda": magnitude * norm, "griffin": magnitude / length, "flock": magnitude * norm / length}[importance]
-        )
-    return scores
+    magnitudes = h.double().abs().tolist()
+    norms = down.double().square().sum(0).sqrt().tolist()
+    length = sum(m * m for m in magnitudes) ** 0.5 or 1.0
+    if importance == "wanda":
+        return [m * norm for m, norm in zip(magnitudes, norms)]
+    if importance == "griffin":
+        return [m / length for m in magnitudes]
+    if importance == "flock":
+        return [m * norm / length for m, norm in zip(magnitudes, norms)]
+    raise ValueError(importance)
 
 
 def prompt_importance(importance: str, h: Tensor, down: Tensor) -> list[float]:
