@@ -1,8 +1,8 @@
 """POP (Partition-guided Online Pruning, arXiv 2602.06822) for Hugging Face transformers.
 
-    state = popmm.attach(model, popmm.PopConfig(pruning_ratio=0.4))
-    model.generate(**inputs, max_new_tokens=64)
-    popmm.detach(model)
+state = popmm.attach(model, popmm.PopConfig(pruning_ratio=0.4))
+model.generate(**inputs, max_new_tokens=64)
+popmm.detach(model)
 """
 
 from popmm.adapters import UnsupportedModelError
@@ -14,4 +14,14 @@ from popmm.state import PartitionState
 from popmm import budget, zoo  # isort: skip
 
 __version__ = "0.1.0"
-__all__ = ["FFNPartition", "PartitionState", "PopConfig", "UnsupportedModelError", "attach", "budget", "detach", "pruned", "zoo"]
+__all__ = [
+    "FFNPartition",
+    "PartitionState",
+    "PopConfig",
+    "UnsupportedModelError",
+    "attach",
+    "budget",
+    "detach",
+    "pruned",
+    "zoo",
+]

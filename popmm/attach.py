@@ -45,7 +45,9 @@ def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> Par
     return attach_with(model, config, region_sizes)
 
 
-def attach_with(model: nn.Module, config: PopConfig, sizes: Callable[[int, float, float], RegionSizes]) -> PartitionState:
+def attach_with(
+    model: nn.Module, config: PopConfig, sizes: Callable[[int, float, float], RegionSizes]
+) -> PartitionState:
     """``attach`` with region sizes of another rule, for baselines: sizes(d_ff, ffn_ratio, candidate_fraction)."""
     decoder = find_decoder(model)
     if _ATTACHMENT in decoder.__dict__:

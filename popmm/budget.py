@@ -99,5 +99,7 @@ def ratio_of(
 def check_ffn_ratio(ratio: float) -> float:
     """The ratio, refused above 95 %."""
     if ratio > MAX_FFN_RATIO:
-        raise ValueError(f"ffn_ratio={ratio} prunes more than {MAX_FFN_RATIO:.0%} of each FFN: give {MAX_FFN_RATIO} or less")
+        raise ValueError(
+            f"ffn_ratio={ratio} prunes more than {MAX_FFN_RATIO:.0%} of each FFN: give {MAX_FFN_RATIO} or less"
+        )
     return ratio

@@ -13,6 +13,7 @@ from rich.console import Console
 from popmm.config import PopConfig
 
 DEMO_PROMPT = "Once upon a time there was a little girl named Lily. She had a red ball and"
+SECOND_PROMPT = "The old man looked at the sea. He wanted to catch a fish, but the waves were big and"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,16 +31,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(inspect)
     _add_config(inspect)
     _add_generation(inspect)
+    inspect.add_argument("--second-prompt", default=SECOND_PROMPT, help="experts: compared with the first")
     inspect.add_argument("--out", type=Path, default=Path("popmm-inspect.png"), help="picture to write (%(default)s)")
     inspect.set_defaults(run=run_inspect)
 
     evaluate = commands.add_parser("eval", help="quality of pruned decoding against dense, on a text")
     _add_model(evaluate)
     _add_config(evaluate, ratio=False)
-    evaluate.add_argument("--text", type=Path, help="texts separated by <|endoftext|>; default: the model's own samples")
+    evaluate.add_argument(
+        "--text", type=Path, help="texts separated by <|endoftext|>; default: the model's own samples"
+    )
     evaluate.add_argument("--start", type=float, default=0.0, help="skip this share of the texts (0.95: the last 5 %%)")
     evaluate.add_argument("--ratios", default="0.1,0.2,0.3,0.4", help="pruning ratios (%(default)s)")
-    evaluate.add_argument("--methods", help="comma-separated; default: all")
+    evaluate.add_argument("--methods", help="separated by semicolons; default: all")
     evaluate.add_argument("--context", type=int, default=96, help="tokens read as prompt (%(default)s)")
     evaluate.add_argument("--continuation", type=int, default=96, help="tokens decoded, at most (%(default)s)")
     evaluate.add_argument("--texts-per-subset", type=int, default=30, help="(%(default)s)")
@@ -138,7 +142,7 @@ def _label(config: PopConfig) -> str:
 def run_inspect(args: argparse.Namespace) -> None:
     from popmm.attach import pruned
     from popmm.loading import encode
-    from popmm.plots import regions_figure
+    from popmm.plots import experts_figure, regions_figure
 
     config, settings = config_from(args), generation_settings(args)
     model, tokenizer = load_from(args)
@@ -148,15 +152,23 @@ def run_inspect(args: argparse.Namespace) -> None:
         with state.trace() as trace:
             model.generate(**inputs, **settings)
         print(state.summary())
-        regions_figure(state, trace, args.out)
-        print(f"picture: {args.out}")
+        first = dict(state.layers)
+        with_experts = any(partition.tokens.ndim for partition in first.values())
+        if with_experts:
+            model.generate(**encode(tokenizer, args.second_prompt, model.device, args.chat), max_new_tokens=1)
+            experts_figure(first, dict(state.layers), args.out)
+            print(f"picture: {args.out}")
+        if not with_experts or any(not partition.tokens.ndim for partition in first.values()):
+            file = args.out.with_stem(f"{args.out.stem}-dense") if with_experts else args.out
+            regions_figure(first, trace, file)
+            print(f"picture: {file}")
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from popmm.evaluate import METHODS, evaluate, rows_to_json, rows_to_markdown, subsets_of_text
+    from popmm.evaluate import evaluate, methods_for, rows_to_json, rows_to_markdown, subsets_of_text
 
     model, tokenizer = load_from(args)
-    methods = args.methods.split(",") if args.methods else list(METHODS)
+    methods = args.methods.split(";") if args.methods else methods_for(model)
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
     subsets = subsets_of_text(model, tokenizer, args)
     rows = evaluate(model, subsets, methods, ratios, config_from(args), args.context)

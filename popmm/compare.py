@@ -100,9 +100,9 @@ def comparison_table(runs: list[Run]) -> Table:
         "FFN bytes per token": lambda r: human_bytes(r.ffn_bytes),
         "  of dense": lambda r: f"{r.ffn_bytes / dense.ffn_bytes:.1%}",
         "partition time": lambda r: "-" if r is dense else f"{r.partition_seconds * 1e3:.1f} ms",
-        "  in dense decode steps": lambda r: "-"
-        if r is dense
-        else f"{r.partition_seconds / dense.seconds_per_token:.2f}",
+        "  in dense decode steps": lambda r: (
+            "-" if r is dense else f"{r.partition_seconds / dense.seconds_per_token:.2f}"
+        ),
         "same leading tokens": lambda r: f"{r.same_prefix} of {len(dense.tokens)}" if r is not dense else "-",
         "top-1 along the dense text": lambda r: f"{r.top1_agreement:.1%}" if r is not dense else "-",
     }

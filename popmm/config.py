@@ -86,9 +86,7 @@ class PopConfig:
     @classmethod
     def paper(cls, **changes) -> PopConfig:
         """The paper's settings (arXiv 2602.06822), with the given changes."""
-        settings = dict(
-            candidate_fraction=0.1, selection="mask", importance="wanda", fill="zero", prefill="pruned"
-        )
+        settings = dict(candidate_fraction=0.1, selection="mask", importance="wanda", fill="zero", prefill="pruned")
         return cls(**{**settings, **changes})
 
     def replace(self, **changes) -> PopConfig:

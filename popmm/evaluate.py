@@ -13,6 +13,7 @@ import platform
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,9 +22,11 @@ import transformers
 from rich.progress import Progress
 from torch import Tensor
 
+from popmm.adapters import describe
 from popmm.attach import attach_with, detach
 from popmm.budget import RegionSizes, region_sizes
 from popmm.config import PopConfig
+from popmm.importance import ChannelStatistics
 
 SEPARATOR = "<|endoftext|>"
 
@@ -34,6 +37,8 @@ class Method:
 
     config: Callable[[PopConfig], PopConfig]
     sizes: Callable[[int, float, float], RegionSizes] = region_sizes
+    experts_importance: Callable[[ChannelStatistics], Tensor] | None = None  # replaces that of experts
+    experts_only: bool = False
 
 
 def _random_scores(h: Tensor, down_norm: Tensor) -> Tensor:
@@ -45,13 +50,31 @@ def _all_candidates(d_ff: int, ffn_ratio: float, candidate_fraction: float) -> R
     return RegionSizes(d_ff, region_sizes(d_ff, ffn_ratio, 0).budget, retained=0, candidate=d_ff)
 
 
+def _pooled(statistics: ChannelStatistics) -> Tensor:
+    """One importance for all experts of a layer."""
+    squares = statistics.squares
+    return squares.sum(0, keepdim=True).sqrt().float().expand(squares.shape)
+
+
 METHODS: dict[str, Method] = {
     "random": Method(lambda c: c.replace(selection="keep", candidate_fraction=0.0, importance=_random_scores)),
     "prompt mask": Method(lambda c: c.replace(selection="mask", candidate_fraction=0.0)),
     "mask": Method(lambda c: c.replace(selection="mask")),
     "keep": Method(lambda c: c.replace(selection="keep")),
     "all re-scored": Method(lambda c: c.replace(selection="mask"), _all_candidates),
+    "mask, experts share a partition": Method(
+        lambda c: c.replace(selection="mask"), experts_importance=_pooled, experts_only=True
+    ),
+    "mask, prior for unseen experts only": Method(
+        lambda c: c.replace(selection="mask", prior_tokens=0.0), experts_only=True
+    ),
 }
+
+
+def methods_for(model) -> list[str]:
+    """Names of the methods that apply to a model."""
+    has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
+    return [name for name, method in METHODS.items() if has_experts or not method.experts_only]
 
 
 @dataclass
@@ -99,8 +122,6 @@ def evaluate(
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise ValueError(f"unknown method {unknown[0]!r}: give some of {', '.join(map(repr, METHODS))}")
-    from contextlib import nullcontext
-
     dense = [[continuation_logits(model, ids, context, nullcontext) for ids in texts] for texts in subsets]
     rows = [_row("dense", 0.0, 1.0, [_score(d, d, s, context) for d, s in zip(dense, subsets)], subsets)]
     with Progress(transient=True) as progress:
@@ -110,6 +131,8 @@ def evaluate(
                 method = METHODS[name]
                 state = attach_with(model, method.config(base.replace(pruning_ratio=ratio)), method.sizes)
                 try:
+                    if method.experts_importance is not None:
+                        state.rank_experts_by(method.experts_importance)
                     scores = []
                     for texts, reference in zip(subsets, dense):
                         logits = [continuation_logits(model, ids, context, state.simulated_decode) for ids in texts]
@@ -163,7 +186,8 @@ def subsets_of_text(model, tokenizer, args: Namespace) -> list[list[Tensor]]:
         stories = [story.strip() for story in args.text.read_text(encoding="utf-8").split(SEPARATOR)]
         stories = [story for story in stories if story]
         stories = stories[round(args.start * len(stories)) :]
-        encoded = (torch.tensor(tokenizer(story)["input_ids"])[:length] for story in stories)
+        cut = dict(truncation=True, max_length=length)
+        encoded = (torch.tensor(tokenizer(story, **cut)["input_ids"]) for story in stories)
         texts = [ids.to(model.device) for ids in encoded if len(ids) >= args.context + 8]
     if len(texts) < wanted:
         raise ValueError(

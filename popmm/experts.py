@@ -21,7 +21,9 @@ ON_MODULE = "_popmm_experts"  # where an attached experts module finds its forwa
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
-def popmm_experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def popmm_experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Our entry in transformers' experts interface; a module that is not attached runs grouped_mm."""
     forward = module.__dict__.get(ON_MODULE)
     if forward is None:
@@ -128,7 +130,9 @@ class PrunedExperts(PrunedSite):
             order, passing = self.partition.retained.to(index.device)[experts], torch.ones_like(order, dtype=torch.bool)
         pairs = torch.zeros(len(experts), self.sizes.d_ff, dtype=torch.bool, device=index.device)
         pairs.scatter_(1, order, passing)
-        full = torch.zeros(batch * n_tokens, self.site.n_experts, self.sizes.d_ff, dtype=torch.bool, device=index.device)
+        full = torch.zeros(
+            batch * n_tokens, self.site.n_experts, self.sizes.d_ff, dtype=torch.bool, device=index.device
+        )
         token = torch.arange(batch * n_tokens, device=index.device).repeat_interleave(index.shape[-1])
         full[token, experts] = pairs
         self.trace.add(self.name, full.view(batch, n_tokens, *full.shape[1:]).transpose(0, 1))
@@ -171,7 +175,9 @@ class PrunedExperts(PrunedSite):
         generator = torch.Generator().manual_seed(0)
         n_tokens = 4
         x = torch.randn(n_tokens, w.d_model, generator=generator).to(w.gate.device, w.gate.dtype)
-        index = torch.stack([torch.randperm(self.site.n_experts, generator=generator)[: self.site.top_k] for _ in range(n_tokens)])
+        index = torch.stack(
+            [torch.randperm(self.site.n_experts, generator=generator)[: self.site.top_k] for _ in range(n_tokens)]
+        )
         index = index.to(x.device)
         weight = torch.rand(index.shape, generator=generator).to(x)
         h, _ = self._hidden(x, index)

@@ -31,6 +31,8 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
 
 def encode(tokenizer, prompt: str, device, chat: bool = False) -> dict[str, torch.Tensor]:
     """A prompt as ``generate`` takes it, with the tokenizer's chat template if ``chat``."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give at least one word")
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("this tokenizer has no chat template: leave --chat out")
@@ -40,6 +42,4 @@ def encode(tokenizer, prompt: str, device, chat: bool = False) -> dict[str, torc
         )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].numel() == 0:
-        raise ValueError("the prompt is empty: give at least one word")
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from popmm.state import PartitionState
+    from popmm.partition import FFNPartition
     from popmm.trace import Trace
 
 RETAINED, PRUNED = "#1f4e79", "#e4e4e4"
@@ -26,10 +27,10 @@ def pyplot():
     return plt
 
 
-def pass_rates(state: PartitionState, trace: Trace) -> dict[str, torch.Tensor]:
+def pass_rates(layers: Mapping[str, FFNPartition], trace: Trace) -> dict[str, torch.Tensor]:
     """How often each channel passed, float32 ``[d_ff]`` in order of falling importance, by FFN name."""
     rates = {}
-    for name, partition in state.layers.items():
+    for name, partition in layers.items():
         if partition.tokens.ndim:
             continue
         order = torch.cat([partition.retained, partition.candidate, partition.pruned]).cpu()
@@ -37,18 +38,18 @@ def pass_rates(state: PartitionState, trace: Trace) -> dict[str, torch.Tensor]:
     return rates
 
 
-def regions_figure(state: PartitionState, trace: Trace, file: Path) -> None:
+def regions_figure(layers: Mapping[str, FFNPartition], trace: Trace, file: Path) -> None:
     """Writes a PNG: per layer the three regions, and how often each candidate passed."""
     plt = pyplot()
     from matplotlib.patches import Patch
 
-    rates = pass_rates(state, trace)
+    rates = pass_rates(layers, trace)
     steps = max(mask.shape[0] for mask in trace.values())
     figure, axes = plt.subplots(
         len(rates), 1, figsize=(10, 1.0 + 0.75 * len(rates)), sharex=True, squeeze=False, layout="constrained"
     )
     for axis, (name, rate) in zip(axes[:, 0], rates.items()):
-        s = state.layers[name].sizes
+        s = layers[name].sizes
         axis.axvspan(0, s.retained, color=RETAINED, lw=0)
         axis.axvspan(s.read, s.d_ff, color=PRUNED, lw=0)
         ranks = torch.arange(s.retained, s.read) + 0.5
@@ -70,4 +71,45 @@ def regions_figure(state: PartitionState, trace: Trace, file: Path) -> None:
         frameon=False,
     )
     figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Share of the channels a that are among b."""
+    return torch.isin(a, b).float().mean().item()
+
+
+def experts_figure(first: Mapping[str, FFNPartition], second: Mapping[str, FFNPartition], file: Path) -> None:
+    """Writes a PNG: per layer and expert, tokens routed, and overlap of the retained channels between
+    experts and between two prompts."""
+    plt = pyplot()
+    names = [name for name, partition in first.items() if partition.tokens.ndim]
+    figure, axes = plt.subplots(
+        len(names),
+        3,
+        figsize=(11, 0.8 + 2.3 * len(names)),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"width_ratios": [1.4, 1, 1.4]},
+    )
+    for (routed, between, prompts), name in zip(axes, names):
+        p, q = first[name], second[name]
+        experts = range(len(p.tokens))
+        width = 0.4
+        routed.bar([e - width / 2 for e in experts], p.tokens.tolist(), width, color=RETAINED, label="first prompt")
+        routed.bar([e + width / 2 for e in experts], q.tokens.tolist(), width, color="#9dbfdd", label="second prompt")
+        routed.set(xticks=list(experts) if len(p.tokens) <= 16 else [], ylabel=name.split("layers.")[-1])
+        matrix = [[overlap(p.retained[a], p.retained[b]) for b in experts] for a in experts]
+        picture = between.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+        between.set(xticks=[], yticks=[])
+        figure.colorbar(picture, ax=between, shrink=0.8)
+        prompts.bar(experts, [overlap(p.retained[e], q.retained[e]) for e in experts], color="#e07b39")
+        chance = p.sizes.retained / p.sizes.d_ff
+        prompts.axhline(chance, color="black", lw=0.8, ls=":")
+        prompts.set(ylim=(0, 1), xticks=list(experts) if len(p.tokens) <= 16 else [])
+    axes[0, 0].set_title("prompt tokens routed to each expert", fontsize=10)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    axes[0, 1].set_title("retained channels shared\nbetween experts", fontsize=10)
+    axes[0, 2].set_title("retained channels shared between\nthe two prompts (dotted: chance)", fontsize=10)
+    figure.savefig(file, dpi=120)
     plt.close(figure)

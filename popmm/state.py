@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,7 +17,10 @@ from popmm.report import summary_table
 from popmm.trace import Trace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from popmm.adapters import FFNSite
+    from popmm.importance import ChannelStatistics
     from popmm.site import PrunedSite
 
 
@@ -100,6 +103,12 @@ class PartitionState:
         self._phase.repartition()
         synchronize()
         return time.perf_counter() - start
+
+    def rank_experts_by(self, importance: Callable[[ChannelStatistics], Tensor]) -> None:
+        """Replaces how experts' channels are ranked (for baselines): statistics to ``[n_experts, d_ff]``."""
+        for ffn in self._ffns:
+            if ffn.site.is_experts:
+                ffn.importance = importance
 
     def simulated_decode(self):
         """Context in which passes of several tokens are decode: each token is pruned as if it came alone.

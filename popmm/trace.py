@@ -25,7 +25,9 @@ class Trace(Mapping[str, Tensor]):
         steps = self._steps[name]
         batches = {step.shape[1] for step in steps}
         if len(batches) > 1:
-            raise ValueError(f"this trace holds steps of batch sizes {sorted(batches)}: trace one generate call at a time")
+            raise ValueError(
+                f"this trace holds steps of batch sizes {sorted(batches)}: trace one generate call at a time"
+            )
         return torch.cat(steps)
 
     def __iter__(self) -> Iterator[str]:

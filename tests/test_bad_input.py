@@ -5,31 +5,34 @@ import pickle
 import threading
 
 import pytest
+import tiny
 import torch
 from transformers import GPT2Config, OPTConfig
 
 import popmm
-import tiny
 
 
 def untouched(model):
     return not any({"forward", "generate"} & set(m.__dict__) or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"pruning_ratio": 1.0}, r"pruning_ratio=1\.0 is not a ratio: give a number in \[0, 1\)"),
-    ({"pruning_ratio": -0.1}, r"pruning_ratio=-0\.1 is not a ratio"),
-    ({"pruning_ratio": "0.4"}, r"pruning_ratio='0\.4' is not a ratio"),
-    ({"pruning_ratio": float("nan")}, r"pruning_ratio=nan is not a ratio"),
-    ({"ffn_ratio": 1.5}, r"ffn_ratio=1\.5 is not a ratio"),
-    ({"pruning_ratio": 0.2, "ffn_ratio": 0.2}, r"pruning_ratio=0\.2 and ffn_ratio=0\.2 exclude each other"),
-    ({"candidate_fraction": 2}, r"candidate_fraction=2: give a number in \[0, 1\]"),
-    ({"selection": "best"}, r"selection='best': give one of 'mask', 'keep'"),
-    ({"importance": "magic"}, r"importance='magic': give one of 'wanda', 'griffin', 'flock'"),
-    ({"skip_layers": (-1,)}, r"skip_layers=\(-1,\): give layer indices counted from 0"),
-    ({"skip_layers": 3}, r"skip_layers=3: give layer indices"),
-    ({"prior_tokens": -1}, r"prior_tokens=-1: give a number of tokens"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"pruning_ratio": 1.0}, r"pruning_ratio=1\.0 is not a ratio: give a number in \[0, 1\)"),
+        ({"pruning_ratio": -0.1}, r"pruning_ratio=-0\.1 is not a ratio"),
+        ({"pruning_ratio": "0.4"}, r"pruning_ratio='0\.4' is not a ratio"),
+        ({"pruning_ratio": float("nan")}, r"pruning_ratio=nan is not a ratio"),
+        ({"ffn_ratio": 1.5}, r"ffn_ratio=1\.5 is not a ratio"),
+        ({"pruning_ratio": 0.2, "ffn_ratio": 0.2}, r"pruning_ratio=0\.2 and ffn_ratio=0\.2 exclude each other"),
+        ({"candidate_fraction": 2}, r"candidate_fraction=2: give a number in \[0, 1\]"),
+        ({"selection": "best"}, r"selection='best': give one of 'mask', 'keep'"),
+        ({"importance": "magic"}, r"importance='magic': give one of 'wanda', 'griffin', 'flock'"),
+        ({"skip_layers": (-1,)}, r"skip_layers=\(-1,\): give layer indices counted from 0"),
+        ({"skip_layers": 3}, r"skip_layers=3: give layer indices"),
+        ({"prior_tokens": -1}, r"prior_tokens=-1: give a number of tokens"),
+    ],
+)
 def test_config_names_the_bad_value_and_a_good_one(settings, message):
     with pytest.raises(ValueError, match=message):
         popmm.PopConfig(**settings)
@@ -44,7 +47,9 @@ def test_config_replace_swaps_ratios():
 
 
 def test_ratio_that_the_model_cannot_reach(llama):
-    with pytest.raises(ValueError, match=r"pruning_ratio=0\.9 would prune .* at most 95% .* give pruning_ratio=0\.\d+ or less"):
+    with pytest.raises(
+        ValueError, match=r"pruning_ratio=0\.9 would prune .* at most 95% .* give pruning_ratio=0\.\d+ or less"
+    ):
         popmm.attach(llama, pruning_ratio=0.9)
     with pytest.raises(ValueError, match=r"ffn_ratio=0\.97 prunes more than 95%"):
         popmm.attach(llama, ffn_ratio=0.97)
@@ -58,13 +63,26 @@ def test_skip_layers_beyond_the_model(llama):
         popmm.attach(llama, skip_layers=(0, 1))
 
 
-@pytest.mark.parametrize("config, name", [
-    (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4), r"transformer\.h\.0\.mlp \(GPT2MLP\) is an FFN without a gate"),
-    (
-        OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32),
-        r"model\.decoder\.layers\.0 \(OPTDecoderLayer\) is an FFN without a gate \(fc1 and fc2 only\)",
-    ),
-])
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        (
+            GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4),
+            r"transformer\.h\.0\.mlp \(GPT2MLP\) is an FFN without a gate",
+        ),
+        (
+            OPTConfig(
+                vocab_size=64,
+                hidden_size=32,
+                ffn_dim=64,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                word_embed_proj_dim=32,
+            ),
+            r"model\.decoder\.layers\.0 \(OPTDecoderLayer\) is an FFN without a gate \(fc1 and fc2 only\)",
+        ),
+    ],
+)
 def test_ffn_without_a_gate_is_named(config, name):
     model = tiny.build(config)
     with pytest.raises(popmm.UnsupportedModelError, match=name + r".*popmm prunes gated FFNs"):
@@ -76,7 +94,9 @@ def test_ffn_that_computes_something_else_is_refused(llama):
     mlp = llama.model.layers[1].mlp
     plain = type(mlp).forward
     mlp.forward = lambda x: plain(mlp, x) * 2
-    with pytest.raises(popmm.UnsupportedModelError, match="LlamaMLP has the layers of a gated FFN but computes something other"):
+    with pytest.raises(
+        popmm.UnsupportedModelError, match="LlamaMLP has the layers of a gated FFN but computes something other"
+    ):
         popmm.attach(llama)
     del mlp.forward
     assert untouched(llama)
@@ -172,7 +192,9 @@ def test_training_mode(llama):
     llama.eval()
     with popmm.pruned(llama):
         llama.train()
-        with pytest.raises(RuntimeError, match=r"training mode: call model\.eval\(\), or popmm\.detach\(model\) to train"):
+        with pytest.raises(
+            RuntimeError, match=r"training mode: call model\.eval\(\), or popmm\.detach\(model\) to train"
+        ):
             llama(tiny.prompt(4))
 
 
@@ -204,7 +226,9 @@ def test_second_thread_on_the_same_model(llama):
     with popmm.pruned(llama, ffn_ratio=0.4):
         alone = llama.generate(ids, max_new_tokens=4, do_sample=False)
         handle = llama.model.layers[0].register_forward_pre_hook(pause)
-        thread = threading.Thread(target=lambda: result.update(out=llama.generate(ids, max_new_tokens=4, do_sample=False)))
+        thread = threading.Thread(
+            target=lambda: result.update(out=llama.generate(ids, max_new_tokens=4, do_sample=False))
+        )
         thread.start()
         inside.wait(10)
         for call in (lambda: llama.generate(ids, max_new_tokens=4), lambda: llama(ids), lambda: popmm.detach(llama)):

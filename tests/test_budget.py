@@ -1,6 +1,7 @@
 """Ratios and sizes, against the published numbers and the definitions."""
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from transformers import (
 )
 
 import popmm
-import tiny
 from popmm.budget import region_sizes
 
 
@@ -125,14 +125,18 @@ def test_skipped_layers_hand_their_share_to_the_others(llama):
 
 
 def test_ratio_beyond_95_percent_is_refused_with_the_largest_that_works(llama):
-    with pytest.raises(ValueError, match=r"pruning_ratio=0\.8 would prune .* give pruning_ratio=(0\.\d+) or less") as error:
+    with pytest.raises(
+        ValueError, match=r"pruning_ratio=0\.8 would prune .* give pruning_ratio=(0\.\d+) or less"
+    ) as error:
         popmm.budget.ffn_ratio(llama, 0.8)
     largest = float(str(error.value).split("give pruning_ratio=")[1].split()[0])
     assert 0.94 < popmm.budget.ffn_ratio(llama, largest) <= 0.95
 
 
 def test_model_without_gated_ffns_is_named():
-    with pytest.raises(popmm.UnsupportedModelError, match=r"layers\.0 \(OPTDecoderLayer\) is an FFN without a gate \(fc1 and fc2"):
+    with pytest.raises(
+        popmm.UnsupportedModelError, match=r"layers\.0 \(OPTDecoderLayer\) is an FFN without a gate \(fc1 and fc2"
+    ):
         popmm.budget.ffn_ratio(OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4), 0.2)
 
 

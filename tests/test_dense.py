@@ -2,12 +2,12 @@
 
 import itertools
 
+import independent
 import pytest
+import tiny
 import torch
 
-import independent
 import popmm
-import tiny
 
 WITHOUT_BIAS = [name for name in tiny.DENSE if name != "llama-bias"]
 

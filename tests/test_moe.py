@@ -4,10 +4,10 @@ import itertools
 from contextlib import contextmanager
 
 import pytest
+import tiny
 import torch
 
 import popmm
-import tiny
 from popmm import reference
 
 RATIO = 0.4
@@ -167,7 +167,9 @@ def test_tokens_counts_what_was_routed(name):
 def test_decode_equals_a_loop_over_pairs(name, selection):
     model = tiny.moe(name)
     ids, continuation = tiny.prompt(20)[0], tiny.prompt(6, seed=1)[0]
-    config = CONFIG.replace(selection=selection, shared_experts="dense", skip_layers=(0,) if name == "deepseek-v3" else ())
+    config = CONFIG.replace(
+        selection=selection, shared_experts="dense", skip_layers=(0,) if name == "deepseek-v3" else ()
+    )
     with popmm.pruned(model, config) as state:
         logits = steps(model, ids, continuation)
     budget = round((1 - RATIO) * 48)
@@ -227,7 +229,11 @@ def test_padding_and_batch_order_do_not_matter(name):
         for order in ([0, 1], [1, 0]):
             for cache in ("dynamic", "static"):
                 model.generate(
-                    ids[order], attention_mask=mask[order], max_new_tokens=2, do_sample=False, cache_implementation=cache
+                    ids[order],
+                    attention_mask=mask[order],
+                    max_new_tokens=2,
+                    do_sample=False,
+                    cache_implementation=cache,
                 )
                 assert_partitions(state, expected)
 
@@ -273,16 +279,15 @@ def test_unseen_experts_have_the_priors_partition_and_decode_sensibly():
     model = tiny.moe("mixtral")
     ids = tiny.prompt(1)
     experts = model.model.layers[0].mlp.experts
-    with popmm.pruned(model, CONFIG) as state, routed(model) as seen, state.trace() as trace:
-        with torch.no_grad():
-            cache = model(ids).past_key_values
-            tokens = state.layers["model.layers.0.mlp.experts"].tokens
-            logits = [model(t.view(1, 1), past_key_values=cache).logits for t in tiny.prompt(30, seed=5)[0]]
+    with popmm.pruned(model, CONFIG) as state, routed(model) as seen, state.trace() as trace, torch.no_grad():
+        cache = model(ids).past_key_values
+        tokens = state.layers["model.layers.0.mlp.experts"].tokens
+        logits = [model(t.view(1, 1), past_key_values=cache).logits for t in tiny.prompt(30, seed=5)[0]]
     unseen = [e for e in range(6) if tokens[e] == 0]
     assert len(unseen) == 4
     used = {int(e) for _, index, _ in seen["model.layers.0.mlp.experts"][1:] for e in index.flatten()}
     assert used & set(unseen), "decode reached no expert that the prompt had not seen"
-    assert all(torch.isfinite(l).all() for l in logits)
+    assert all(torch.isfinite(step).all() for step in logits)
     assert trace["model.layers.0.mlp.experts"].any()
     p = state.layers["model.layers.0.mlp.experts"]
     for e in unseen:
@@ -311,7 +316,9 @@ def test_shared_experts_are_pruned_on_request():
     with popmm.pruned(model, pruning_ratio=0.2, shared_experts="prune") as state, state.trace() as trace:
         model.generate(tiny.prompt(9, batch=2), max_new_tokens=3, do_sample=False)
         assert "model.layers.0.mlp.shared_expert" in state.layers
-        assert (trace["model.layers.0.mlp.shared_expert"].sum(-1) == state.layers["model.layers.0.mlp.shared_expert"].budget).all()
+        assert (
+            trace["model.layers.0.mlp.shared_expert"].sum(-1) == state.layers["model.layers.0.mlp.shared_expert"].budget
+        ).all()
         assert state.ffn_ratio < alone  # the shared expert takes its part of the budget
 
 

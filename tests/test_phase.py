@@ -2,14 +2,14 @@
 
 import copy
 
+import independent
 import pytest
+import tiny
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
-import independent
 import popmm
-import tiny
 from popmm.phase import counted_tokens
 
 BUDGET = 48

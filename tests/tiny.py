@@ -95,7 +95,9 @@ MOE = {
         sliding_window=8,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
-    "phimoe": PhimoeConfig(**EXPERTS, intermediate_size=48, num_local_experts=6, num_experts_per_tok=2, sliding_window=None),
+    "phimoe": PhimoeConfig(
+        **EXPERTS, intermediate_size=48, num_local_experts=6, num_experts_per_tok=2, sliding_window=None
+    ),
 }
 
 

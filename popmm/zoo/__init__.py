@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 _ROOM = Path(__file__).parent
 
@@ -33,5 +36,18 @@ def load(name: str, dtype: torch.dtype = torch.float32):
         ``(model, tokenizer)``, the model in eval mode on the CPU.
     """
     folder = path(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for a load that takes no time."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,100 @@
+"""The command line, run in this process on the bundled models."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from popmm.cli import main
+
+SHORT = ["--max-new-tokens", "8"]
+
+
+def test_generate_streams_text(capsys):
+    assert main(["generate", "--prompt", "Once upon a time", "--pruning-ratio", "0.2", *SHORT]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Once upon a time")
+    assert "8 tokens at" in out and "FFN weights per token" in out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("model", ["zoo:stories", "zoo:stories-moe"])
+def test_generate_compare_shows_both_and_their_cost(model, capsys):
+    assert main(["generate", "--model", model, "--compare", "--pruning-ratio", "0.2", *SHORT]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "dense",
+        "mask, 20% pruned",
+        "tokens/s",
+        "FFN bytes per token",
+        "partition time",
+        "same leading tokens",
+    ):
+        assert words in out
+
+
+def test_compare_at_ratio_zero_agrees_entirely(capsys):
+    assert main(["generate", "--compare", "--pruning-ratio", "0", *SHORT]) == 0
+    out = capsys.readouterr().out
+    assert "8 of 8" in out and "100.0%" in out
+
+
+@pytest.mark.parametrize("model", ["zoo:stories", "zoo:stories-moe"])
+def test_inspect_writes_a_picture(model, tmp_path, capsys):
+    file = tmp_path / "picture.png"
+    assert main(["inspect", "--model", model, "--out", str(file), *SHORT]) == 0
+    assert Image.open(file).size[0] > 500
+    out = capsys.readouterr().out
+    assert "model.layers.0.mlp" in out and str(file) in out
+
+
+def test_eval_prints_a_table_and_writes_json(tmp_path, capsys):
+    text, result = tmp_path / "text.txt", tmp_path / "rows.json"
+    story = "Once upon a time there was a cat. The cat was happy and sat on a big red mat in the sun. " * 4
+    text.write_text("<|endoftext|>".join(f"{i} {story}" for i in range(4)))
+    arguments = ["--text", str(text), "--ratios", "0.2", "--context", "20", "--continuation", "20"]
+    arguments += ["--texts-per-subset", "2", "--subsets", "2", "--json", str(result)]
+    assert main(["eval", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "| mask | 20% |" in out and "4 texts in 2 disjoint subsets" in out
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "random", "prompt mask", "mask", "keep", "all re-scored"]
+
+
+def test_eval_without_a_text_uses_the_models_own_samples(capsys):
+    arguments = ["--ratios", "0.2", "--methods", "keep", "--context", "10", "--continuation", "10"]
+    assert main(["eval", *arguments, "--texts-per-subset", "2", "--subsets", "1"]) == 0
+    assert "| keep | 20% |" in capsys.readouterr().out
+
+
+def test_demo_compares_20_and_40_percent(capsys):
+    assert main(["demo", *SHORT]) == 0
+    out = capsys.readouterr().out
+    assert "20% pruned" in out and "40% pruned" in out and "top-1 along the dense text" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "--pruning-ratio", "1.2"], "pruning_ratio=1.2 is not a ratio"),
+        (["generate", "--pruning-ratio", "0.9"], "at most 95% may go"),
+        (["generate", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--model", "zoo:nothing"], "no bundled model is called 'nothing'"),
+        (["generate", "--selection", "best"], "selection='best'"),
+        (["generate", "--chat"], "no chat template"),
+        (["generate", "--max-new-tokens", "0"], "--max-new-tokens 0: give 1 or more"),
+        (["eval", "--text", "/nowhere/text.txt"], "No such file"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err and len(err.splitlines()) == 1
+
+
+def test_interrupt_ends_quietly(capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("popmm.compare.timed_generate", interrupt)
+    assert main(["generate", *SHORT]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"

@@ -1,0 +1,83 @@
+"""Simulated decode is decode, and the measures are what they say."""
+
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import popmm
+from popmm.evaluate import METHODS, evaluate, methods_for, rows_to_markdown
+
+
+def models():
+    yield from ((name, tiny.dense) for name in ("llama", "phi3", "gemma3"))
+    yield from ((name, tiny.moe) for name in ("mixtral", "qwen2-moe", "deepseek-v3"))
+
+
+@pytest.mark.parametrize("name, build", list(models()))
+@pytest.mark.parametrize("selection", ["mask", "keep"])
+@torch.no_grad()
+def test_one_simulated_pass_equals_decoding_token_by_token(name, build, selection):
+    model = build(name)
+    prompt, continuation = tiny.prompt(12), tiny.prompt(7, seed=1)
+    with popmm.pruned(model, ffn_ratio=0.4, candidate_fraction=0.3, selection=selection) as state:
+        cache = model(prompt).past_key_values
+        one_by_one = [model(continuation[:, i : i + 1], past_key_values=cache).logits for i in range(7)]
+        cache = model(prompt).past_key_values
+        with state.simulated_decode(), state.trace() as trace:
+            at_once = model(continuation, past_key_values=cache).logits
+    torch.testing.assert_close(at_once, torch.cat(one_by_one, 1), atol=1e-4, rtol=0)
+    assert all(mask.shape[0] == 7 for mask in trace.values())
+
+
+def test_rows_hold_the_measures_of_the_definition(llama):
+    texts = [tiny.prompt(20, seed=s)[0] for s in range(4)]
+    rows = evaluate(llama, [texts[:2], texts[2:]], ["keep"], [0.3], popmm.PopConfig(), context=10)
+    dense, keep = rows
+    assert (dense.method, dense.kl, dense.top1, dense.bytes_share) == ("dense", 0.0, 1.0, 1.0)
+    kls, perplexities, agreements = [], [], []
+    for subset in (texts[:2], texts[2:]):
+        kl, entropy, agree = [], [], []
+        for ids in subset:
+            with torch.no_grad():
+                reference = llama(ids[None]).logits[0, 10:-1].log_softmax(-1)
+                with popmm.pruned(llama, pruning_ratio=0.3, selection="keep"):
+                    cache = llama(ids[None, :10]).past_key_values
+                    own = [llama(ids[None, i : i + 1], past_key_values=cache).logits[0] for i in range(10, 19)]
+            own = torch.cat(own).log_softmax(-1)
+            kl.append((reference.exp() * (reference - own)).sum(-1))
+            entropy.append(F.nll_loss(own, ids[11:], reduction="none"))
+            agree.append(own.argmax(-1) == reference.argmax(-1))
+        kls.append(torch.cat(kl).mean().item())
+        perplexities.append(math.exp(torch.cat(entropy).mean().item()))
+        agreements.append(torch.cat(agree).float().mean().item())
+    assert keep.kl == pytest.approx(sum(kls) / 2, rel=1e-3)
+    assert keep.perplexity == pytest.approx(sum(perplexities) / 2, rel=1e-4)
+    assert keep.top1 == pytest.approx(sum(agreements) / 2)
+    assert keep.kl_spread == pytest.approx(abs(kls[0] - kls[1]) / 2**0.5, rel=1e-2)
+    assert "| keep | 30% |" in rows_to_markdown(rows)
+
+
+def test_all_rescored_reads_all_gate_and_up_rows(llama):
+    texts = [tiny.prompt(20)[0]]
+    (_, row) = evaluate(llama, [texts], ["all re-scored"], [0.3], popmm.PopConfig(), context=10)
+    ratio = popmm.budget.ffn_ratio(llama, 0.3)
+    assert row.bytes_share == pytest.approx((2 * 80 + round((1 - ratio) * 80)) / (3 * 80), abs=1e-6)
+
+
+def test_experts_sharing_a_partition_is_a_row_of_models_with_experts(llama):
+    assert methods_for(llama) == [name for name, method in METHODS.items() if not method.experts_only]
+    model = tiny.moe("mixtral")
+    assert methods_for(model) == list(METHODS)
+    texts = [tiny.prompt(30, seed=s)[0] for s in range(2)]
+    names = ["mask", "mask, experts share a partition"]
+    rows = evaluate(model, [texts], names, [0.3], popmm.PopConfig(), context=20)
+    assert rows[1].bytes_share == rows[2].bytes_share
+    assert rows[1].kl != rows[2].kl
+
+
+def test_unknown_method_is_named(llama):
+    with pytest.raises(ValueError, match="unknown method 'best': give some of 'random'"):
+        evaluate(llama, [[tiny.prompt(20)[0]]], ["best"], [0.3], popmm.PopConfig(), context=10)
