@@ -78,7 +78,8 @@ def _top_k(module: nn.Module) -> int:
         if isinstance(value, int):
             return value
     raise UnsupportedModelError(
-        f"{type(module.config).__name__} does not say how many experts a token activates (looked for {', '.join(_TOP_K)})"
+        f"{type(module.config).__name__} does not say how many experts a token activates "
+        f"(looked for {', '.join(_TOP_K)})"
     )
 
 

@@ -72,6 +72,7 @@ def _add_config(parser: argparse.ArgumentParser, ratio: bool = True) -> None:
         parser.add_argument("--selection", default=defaults.selection, help="mask or keep (%(default)s)")
     parser.add_argument("--candidate-fraction", type=float, default=defaults.candidate_fraction, help="(%(default)s)")
     parser.add_argument("--importance", default=defaults.importance, help="wanda, griffin, flock (%(default)s)")
+    parser.add_argument("--prior-tokens", type=float, default=defaults.prior_tokens, help="experts: n0 (%(default)s)")
     parser.add_argument("--fill", default=defaults.fill, help="zero or mean (%(default)s)")
     parser.add_argument("--prefill", default=defaults.prefill, help="dense or pruned (%(default)s)")
 
@@ -86,6 +87,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> PopConfig:
     names = ("pruning_ratio", "ffn_ratio", "selection", "candidate_fraction", "importance", "fill", "prefill")
+    names += ("prior_tokens",)
     return PopConfig(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +64,7 @@ class PopConfig:
     def __post_init__(self) -> None:
         if self.pruning_ratio is not None and self.ffn_ratio is not None:
             raise ValueError(
-                f"pruning_ratio={self.pruning_ratio} and ffn_ratio={self.ffn_ratio} exclude each other: give one of them"
+                f"pruning_ratio={self.pruning_ratio} and ffn_ratio={self.ffn_ratio} exclude each other: give one"
             )
         if self.pruning_ratio is None and self.ffn_ratio is None:
             object.__setattr__(self, "pruning_ratio", DEFAULT_PRUNING_RATIO)
@@ -99,7 +100,7 @@ class PopConfig:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _layer_indices(value) -> tuple[int, ...]:

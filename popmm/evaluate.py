@@ -214,7 +214,8 @@ def rows_to_markdown(rows: list[Row]) -> str:
     ]
     for r in rows:
         lines.append(
-            f"| {r.method} | {r.pruning_ratio:.0%} | {r.bytes_share:.1%} | {r.perplexity:.3f} ± {r.perplexity_spread:.3f} "
+            f"| {r.method} | {r.pruning_ratio:.0%} | {r.bytes_share:.1%} "
+            f"| {r.perplexity:.3f} ± {r.perplexity_spread:.3f} "
             f"| {r.kl:.4f} ± {r.kl_spread:.4f} | {r.top1:.1%} ± {r.top1_spread:.1%} |"
         )
     first = rows[0]

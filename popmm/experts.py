@@ -192,7 +192,8 @@ class PrunedExperts(PrunedSite):
         if not _close(ours, theirs):
             raise UnsupportedModelError(
                 f"{self.name}: {type(self.site.module).__name__} computes something other than "
-                "down(act(gate(x)) * up(x)) per expert: register an adapter for this form (entry-point group 'popmm.adapters')"
+                "down(act(gate(x)) * up(x)) per expert: register an adapter for this form "
+                "(entry-point group 'popmm.adapters')"
             )
         orders = (lambda flat: torch.arange(len(flat), device=flat.device), lambda flat: flat.sort()[1])
         for order in orders:

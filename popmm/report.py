@@ -49,7 +49,8 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     lines = [
         to_text(table),
         f"FFN weights read per token: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
-        f"selection={c.selection} importance={importance} fill={c.fill} prefill={c.prefill} layout={ffns[0].layout.name}"
+        f"selection={c.selection} importance={importance} fill={c.fill} prefill={c.prefill} "
+        f"layout={ffns[0].layout.name}"
         f" (+{human_bytes(sum(ffn.layout.bytes() for ffn in ffns))}); {status}",
     ]
     return "\n".join(lines)

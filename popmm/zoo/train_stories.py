@@ -171,9 +171,7 @@ def main() -> None:
     model = build_model(args.form, len(tokenizer)).to(device).train()
     stream, held_out_stream = token_stream(tokenizer, training), token_stream(tokenizer, held_out)
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{args.form}: {n_parameters:,} parameters, {stream.numel():,} training tokens, {len(held_out)} held-out stories"
-    )
+    print(f"{args.form}: {n_parameters:,} parameters, {stream.numel():,} training tokens, {len(held_out)} held out")
 
     start = time.monotonic()
     perplexity = train(model, stream, held_out_stream, args)
