@@ -115,7 +115,15 @@ def find_decoder(model: nn.Module) -> nn.Module:
         if inner is None or inner is decoder:
             break
         decoder = inner
+    if not _layer_stacks(decoder):
+        # a head whose get_decoder returns itself
+        inner = [child for child in decoder.children() if hasattr(child, "get_decoder") and _layer_stacks(child)]
+        decoder = inner[0] if inner else decoder
     return decoder
+
+
+def _layer_stacks(decoder: nn.Module) -> list[nn.ModuleList]:
+    return [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)]
 
 
 def describe(model: nn.Module, probe: bool = True) -> ModelDescription:
@@ -126,7 +134,7 @@ def describe(model: nn.Module, probe: bool = True) -> ModelDescription:
     """
     decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
-    stacks = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)]
+    stacks = _layer_stacks(decoder)
     if not stacks:
         raise UnsupportedModelError(f"{type(decoder).__name__} has no list of decoder layers")
     stack = max(stacks, key=len)
@@ -140,7 +148,17 @@ def _describe_layer(index: int, module: nn.Module, names: dict[int, str], probe:
     layer = DecoderLayer(index, names[id(module)], module)
     for child in module.children():
         sites = list(_find_sites(child, probe))
+        for site in sites:
+            if site.is_experts:
+                site.top_k = _router_top_k(child) or site.top_k
+                if not site.top_k:
+                    raise UnsupportedModelError(
+                        f"{names[id(site.module)]}: neither the router nor {type(site.module.config).__name__} says "
+                        "how many experts a token activates"
+                    )
         layer.sites += sites
+        if not any(site.is_experts for site in sites):
+            _refuse_unknown_experts(child, names)
         if not sites:
             layer.attention_weights += sum(m.weight.numel() for m in child.modules() if _is_linear(m))
     has_experts = any(site.is_experts for site in layer.sites)
@@ -158,6 +176,24 @@ def _find_sites(module: nn.Module, probe: bool) -> Iterator[FFNSite]:
             return
     for child in module.children():
         yield from _find_sites(child, probe)
+
+
+def _router_top_k(block: nn.Module) -> int:
+    """``top_k`` of the router in an FFN block, 0 if none says."""
+    values = (getattr(module, "top_k", None) for module in block.modules())
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), 0)
+
+
+def _refuse_unknown_experts(block: nn.Module, names: dict[int, str]) -> None:
+    """Stacked weights of a form that no adapter knows would silently stay dense."""
+    for module in block.modules():
+        stacked = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        if len(stacked) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
+            raise UnsupportedModelError(
+                f"{names[id(module)]} ({type(module).__name__}) holds stacked experts ({', '.join(stacked)}) that do not "
+                "use transformers' experts interface: register an adapter for this form (entry-point group "
+                "'popmm.adapters')"
+            )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import permutations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from popmm.ffn import FFNWeights, ffn
@@ -45,7 +46,7 @@ def _arrangements(module: nn.Module) -> Iterator[tuple[Callable[[], FFNWeights],
         return
     functions = [value for key, value in vars(module).items() if callable(value) and key != "forward"]
     activations = [child for child in others if not isinstance(child, nn.Dropout)] + functions
-    for activation in activations:
+    for activation in activations or _INLINE:
         combine = partial(_activate, activation)
         if len(linears) == 3:
             for gate, up, down in permutations(linears):
@@ -57,6 +58,10 @@ def _arrangements(module: nn.Module) -> Iterator[tuple[Callable[[], FFNWeights],
                 if fused.weight.shape == (2 * d_ff, d_model):
                     for arrangement in _FUSED:
                         yield partial(_fused, fused, down, arrangement), combine, down
+
+
+# tried where a module holds no activation and so must call one in its forward
+_INLINE = (F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu)
 
 
 def _activate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, des
 from popmm.adapters.base import find_decoder
 from popmm.budget import RegionSizes, check_ffn_ratio, ratio_of, region_sizes
 from popmm.config import PopConfig
-from popmm.experts import IMPLEMENTATION, ON_MODULE, PrunedExperts, dense_experts
+from popmm.experts import ON_MODULE, PrunedExperts, check_switched, dense_experts, switch_off, switch_on
 from popmm.phase import Arguments, Phase, input_shape
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
@@ -93,28 +93,27 @@ class _Attachment:
     """What was put on a model, and what stood there before. Kept on the decoder, and so freed with it."""
 
     decoder: nn.Module
-    sites: list[FFNSite]
+    switches_experts: bool  # to our implementation of transformers' experts interface
     state: PartitionState
     phase: Phase
     overrides: list[tuple[Any, str, Any]]  # (module, attribute, value to set)
-    hooks: list[tuple[nn.Module, Callable]]  # (module, forward pre-hook)
+    hooks: list[tuple[nn.Module, Callable, bool]]  # (module, forward pre-hook, takes kwargs)
     replaced: list[tuple[Any, str, Any]] = field(default_factory=list)
     handles: list = field(default_factory=list)
-    experts_implementation: str | None = None  # the former one
 
     def install(self) -> None:
         self.overrides.append((self.decoder, _ATTACHMENT, self))
         for module, attribute, value in self.overrides:
             self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
             module.__dict__[attribute] = value
-        if any(site.is_experts for site in self.sites):
-            self.experts_implementation = self.decoder.config._experts_implementation
-            self.decoder.set_experts_implementation(IMPLEMENTATION)
-        self.handles = [module.register_forward_pre_hook(hook) for module, hook in self.hooks]
+        if self.switches_experts:
+            switch_on(self.decoder)
+        for module, hook, with_kwargs in self.hooks:
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
     def remove(self) -> None:
-        if self.experts_implementation is not None:
-            self.decoder.set_experts_implementation(self.experts_implementation)
+        if self.switches_experts:
+            switch_off(self.decoder)
         for handle in self.handles:
             handle.remove()
         for module, attribute, before in reversed(self.replaced):
@@ -151,26 +150,30 @@ def _build(
     state = PartitionState(config, ratio, ffns, left_dense, phase)
 
     decoder = description.decoder
-    overrides: list[tuple[Any, str, Any]] = [(decoder, "forward", _phased(decoder, phase))]
+    overrides: list[tuple[Any, str, Any]] = []
     if hasattr(model, "generate"):
         overrides.append((model, "generate", _exclusive(model.generate, phase)))
     if hasattr(model, "_prefill"):
         overrides.append((model, "_prefill", _chunked(model._prefill, phase)))
-    hooks = []
+    hooks: list[tuple[nn.Module, Callable, bool]] = []
+    switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
     for ffn in ffns:
         ffn.wire(phase)
-        if ffn.site.is_experts:
+        if not ffn.site.is_experts:
+            overrides.append((ffn.site.module, "forward", ffn.forward))
+            hooks.append((ffn.site.down, ffn.observe, False))
+        elif switches_experts:
             overrides.append((ffn.site.module, ON_MODULE, ffn.forward))
-            continue
-        overrides.append((ffn.site.module, "forward", ffn.forward))
-        hooks.append((ffn.site.down, ffn.observe))
-    for site in left_dense:
-        if site.is_experts:
-            overrides.append((site.module, ON_MODULE, dense_experts(site.module)))
-    return _Attachment(decoder, list(description.sites()), state, phase, overrides, hooks)
+        else:
+            hooks.append((ffn.site.module, ffn.observe, True))
+    if switches_experts:
+        experts = [site.module for site in left_dense if site.is_experts]
+        overrides += [(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
+    overrides.append((decoder, "forward", _phased(decoder, phase, switches_experts)))
+    return _Attachment(decoder, switches_experts, state, phase, overrides, hooks)
 
 
-def _phased(decoder: nn.Module, phase: Phase) -> Callable:
+def _phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable:
     """The decoder's forward, run in the phase that each call is."""
     forward = decoder.forward
     read = Arguments(forward)
@@ -183,6 +186,8 @@ def _phased(decoder: nn.Module, phase: Phase) -> Callable:
             return forward(*args, **kwargs)
         if decoder.training:
             raise RuntimeError("the model is in training mode: call model.eval(), or popmm.detach(model) to train")
+        if switches_experts:
+            check_switched(decoder)
         return run(forward, args, kwargs, arguments)
 
     return phased_forward

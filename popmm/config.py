@@ -35,7 +35,8 @@ class PopConfig:
         importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);
             ``"griffin"`` ``|h_i| / ||h||``; ``"flock"`` ``|h_i| * ||W_down[:, i]|| / ||h||``; ``"routed"``
             wanda times the router's weight (experts; elsewhere wanda); or a callable
-            ``(h [n_tokens, n_channels] float32, down_norm [n_channels] float32) -> [n_tokens, n_channels]``.
+            ``(h [n_tokens, n_channels] float32, down_norm float32) -> [n_tokens, n_channels]``, where
+            ``down_norm`` broadcasts to h: ``[n_channels]``, of experts ``[n_tokens, n_channels]``.
             A prompt's score of a channel is the L2 norm of its tokens' scores.
         fill: what stands in for a channel that is not computed: ``"zero"`` (paper) or ``"mean"``, its
             mean over the prompt.

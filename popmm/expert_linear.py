@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations import moe as hf_moe
 
@@ -19,6 +20,7 @@ def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | Non
         experts: int64 ``[n_rows]``.
         bias: ``[n_experts, d_out]``.
     """
+    x = x.to(weight.dtype)
     if x.device.type == "cpu":
         y = _on_cpu(x, weight, experts) if torch.compiler.is_compiling() else _rows(x, weight, experts)
     else:
@@ -34,10 +36,10 @@ def _rows(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     for expert, rows in rows_of.items():
         if len(rows) == 1:
             row = rows[0]
-            y[row : row + 1] = torch.nn.functional.linear(x[row : row + 1], weight[expert])
+            y[row] = F.linear(x[row], weight[expert])
         else:
             index = torch.tensor(rows)
-            y[index] = torch.nn.functional.linear(x[index], weight[expert])
+            y[index] = F.linear(x[index], weight[expert]).to(y.dtype)  # autocast may have changed it
     return y
 
 

@@ -21,25 +21,74 @@ ON_MODULE = "_popmm_experts"  # where an attached experts module finds its forwa
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
+# configurations set to our implementation: [configuration, its former implementation, attached models]
+_switched: dict[int, list] = {}
+
+
 def popmm_experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Our entry in transformers' experts interface; a module that is not attached runs grouped_mm."""
-    forward = module.__dict__.get(ON_MODULE)
-    if forward is None:
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
+    """Our entry in transformers' experts interface; modules that are not attached run as they did before."""
+    forward = module.__dict__.get(ON_MODULE) or partial(former_implementation(module), module)
     return forward(hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, popmm_experts_forward)
 
 
-def dense_experts(module: nn.Module) -> Callable[..., Tensor]:
-    """The forward that an experts module has before attach, whatever its config says later."""
+def switch_on(decoder: nn.Module) -> None:
+    """Sets a model's experts to our implementation. Models may share one configuration."""
+    config = decoder.config
+    entry = _switched.setdefault(id(config), [config, config._experts_implementation, 0])
+    entry[2] += 1
+    if config._experts_implementation != IMPLEMENTATION:
+        decoder.set_experts_implementation(IMPLEMENTATION)
+
+
+def switch_off(decoder: nn.Module) -> None:
+    """Undoes ``switch_on``: the last attached model of a configuration brings the former implementation back."""
+    config, former, attached = _switched[id(decoder.config)]
+    _switched[id(config)][2] = attached - 1
+    if attached == 1:
+        del _switched[id(config)]
+        if config._experts_implementation == IMPLEMENTATION:
+            config._experts_implementation_internal = former
+
+
+def check_switched(decoder: nn.Module) -> None:
+    """Refuses to run after somebody else has set the experts implementation of an attached model."""
+    name = decoder.config._experts_implementation
+    if name != IMPLEMENTATION:
+        raise RuntimeError(
+            f"the experts implementation was set to {name!r} while the model was attached: call popmm.detach(model) "
+            "first, then set it, then attach again"
+        )
+
+
+def former_implementation(module: nn.Module, decoding: bool = False) -> Callable[..., Tensor]:
+    """The function ``(module, x, index, weight)`` that ran a module's experts before attach.
+
+    With ``decoding``, what ``generate`` would switch to for its decode steps.
+    """
     original = getattr(type(module).forward, "__wrapped__", None)
     if original is None:
         raise UnsupportedModelError(f"{type(module).__name__} does not use transformers' experts interface")
-    return partial(ALL_EXPERTS_FUNCTIONS.get_interface(module.config._experts_implementation, original), module)
+    entry = _switched.get(id(module.config))
+    name = entry[1] if entry else module.config._experts_implementation
+    if name == IMPLEMENTATION:  # a copy of an attached model's configuration
+        name = "grouped_mm"
+    if decoding and name == "grouped_mm" and module.down_proj.device.type != "cpu":
+        name = "batched_mm"
+    return ALL_EXPERTS_FUNCTIONS.get_interface(name, original)
+
+
+def dense_experts(module: nn.Module, phase: Phase) -> Callable[..., Tensor]:
+    """Forward of experts that are left dense."""
+
+    def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return former_implementation(module, phase.decoding)(module, x, index, weight)
+
+    return forward
 
 
 class PrunedExperts(PrunedSite):
@@ -48,8 +97,8 @@ class PrunedExperts(PrunedSite):
     def wire(self, phase: Phase) -> None:
         """Remembers whom to ask for the phase, and the experts implementation that runs the prompt."""
         self.phase = phase
-        self.dense_forward = dense_experts(self.site.module)
-        self._implementation = self.dense_forward.func
+        self.dense_forward = dense_experts(self.site.module, phase)
+        self._implementation = former_implementation(self.site.module)
         weights = self.site.weights()
         # a channel's score without a prompt: the norms of the three vectors it is made of
         norms = [torch.linalg.vector_norm(w, dim=-1, dtype=torch.float32) for w in (weights.gate, weights.up)]
@@ -88,6 +137,15 @@ class PrunedExperts(PrunedSite):
             h = torch.where(passing, h, stand_in)
         y = expert_linear(h, w.down, experts, w.down_bias)
         return _mix(y, weight, x), passing
+
+    def observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook that only measures: at ratio 0 the model's own experts run, whatever implementation is set."""
+        x, index, weight = (*args, *kwargs.values())[:3]
+        if self.phase.decoding:
+            if self.trace is not None:
+                self.record(index, None)
+        elif self.phase.prompt is not None:
+            self._measure(*self._hidden(x, index), index, weight)
 
     def prefill(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Prompt pass: dense, or with the pruned channels of each expert off."""
@@ -141,10 +199,11 @@ class PrunedExperts(PrunedSite):
     @torch.no_grad()
     def _measure(self, h: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> ChannelStatistics:
         prompt = self.phase.prompt
-        token = rows // index.shape[-1]
+        # a router may send a token that skips its experts to some expert with weight zero
+        counted = weight.detach().flatten()[rows] != 0
         if prompt.counted is not None:
-            counted = prompt.counted.flatten().to(h.device)[token]
-            h, rows = h[counted], rows[counted]
+            counted &= prompt.counted.flatten().to(h.device)[rows // index.shape[-1]]
+        h, rows = h[counted], rows[counted]
         experts = index.detach().flatten()[rows].clone()
         factor = weight.detach().flatten()[rows] if self.config.importance == "routed" else None
         return self.add(prompt, measure(h.detach(), self.score, self.layout.norms, factor, experts))
@@ -175,10 +234,9 @@ class PrunedExperts(PrunedSite):
         generator = torch.Generator().manual_seed(0)
         n_tokens = 4
         x = torch.randn(n_tokens, w.d_model, generator=generator).to(w.gate.device, w.gate.dtype)
-        index = torch.stack(
-            [torch.randperm(self.site.n_experts, generator=generator)[: self.site.top_k] for _ in range(n_tokens)]
-        )
-        index = index.to(x.device)
+        # falling expert numbers, so that no two row orders look alike
+        choice = torch.arange(n_tokens)[:, None] + torch.arange(self.site.top_k)
+        index = (-1 - choice).remainder(self.site.n_experts).to(x.device)
         weight = torch.rand(index.shape, generator=generator).to(x)
         h, _ = self._hidden(x, index)
         ours = _mix(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 SEPARATOR = "<|endoftext|>"
 HELD_OUT = 0.05
 CONTEXT = 512
+BALANCE = 0.02  # weight of each layer's load-balancing loss
 
 
 def read_stories(path: Path) -> tuple[list[str], list[str]]:
@@ -73,8 +75,6 @@ def build_model(form: str, vocab_size: int):
         num_hidden_layers=4,
         num_local_experts=8,
         num_experts_per_tok=2,
-        output_router_logits=True,
-        router_aux_loss_coef=0.02,
         sliding_window=None,
         **shared,
     )
@@ -111,6 +111,24 @@ def add_residual_dropout(model, rate: float) -> list:
     return [part.register_forward_hook(drop) for layer in layers for part in (layer.self_attn, layer.mlp)]
 
 
+def language_loss(model, rows: torch.Tensor) -> torch.Tensor:
+    """Next-token loss; of experts, plus the load-balancing loss of each layer by itself.
+
+    (The model's own balancing loss pools all layers, so one layer may starve experts that another feeds.)
+    """
+    config = model.config
+    if not hasattr(config, "num_local_experts"):
+        return model(rows, labels=rows).loss
+    output = model.model(rows, output_router_logits=True)
+    logits = model.lm_head(output.last_hidden_state)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+    balance = [
+        load_balancing_loss_func((layer,), config.num_local_experts, config.num_experts_per_tok)
+        for layer in output.router_logits
+    ]
+    return loss + BALANCE * sum(balance)
+
+
 def train(model, stream: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> float:
     """AdamW with warm-up and cosine decay on random windows; returns the held-out perplexity."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -132,7 +150,7 @@ def train(model, stream: torch.Tensor, held_out: torch.Tensor, args: argparse.Na
             starts = torch.randint(stream.numel() - CONTEXT, (args.batch_size,), generator=generator)
             rows = torch.stack([stream[start : start + CONTEXT] for start in starts.tolist()]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.autocast):
-                loss = model(rows, labels=rows).loss
+                loss = language_loss(model, rows)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
