@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -80,6 +81,8 @@ class ModelDescription:
             yield from layer.sites
 
 
+logger = logging.getLogger("popmm")
+
 _REGISTRY: list[Adapter] = []
 _plugins_loaded = False
 
@@ -112,7 +115,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     decoder = model
     while hasattr(decoder, "get_decoder"):
         inner = decoder.get_decoder()
-        if inner is None or inner is decoder:
+        if inner is decoder or not hasattr(inner, "get_decoder"):  # some heads are called decoder too
             break
         decoder = inner
     if not _layer_stacks(decoder):
@@ -134,13 +137,16 @@ def describe(model: nn.Module, probe: bool = True) -> ModelDescription:
     """
     decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
-    stacks = _layer_stacks(decoder)
+    stacks = _layer_stacks(decoder) or [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not stacks:
         raise UnsupportedModelError(f"{type(decoder).__name__} has no list of decoder layers")
     stack = max(stacks, key=len)
     layers = [_describe_layer(index, module, names, probe) for index, module in enumerate(stack)]
     if not any(layer.sites for layer in layers):
         raise UnsupportedModelError(_explain_no_site(layers[0]))
+    without = [layer.name for layer in layers if not layer.sites]
+    if without and probe:
+        logger.warning("no FFN of a known form in %s: these layers stay dense", ", ".join(without))
     return ModelDescription(decoder, names.get(id(decoder), ""), layers)
 
 
@@ -180,7 +186,8 @@ def _find_sites(module: nn.Module, probe: bool) -> Iterator[FFNSite]:
 
 def _router_top_k(block: nn.Module) -> int:
     """``top_k`` of the router in an FFN block, 0 if none says."""
-    values = (getattr(module, "top_k", None) for module in block.modules())
+    inside_out = [*list(block.modules())[1:], block]  # the block's own number may be a copy
+    values = (getattr(module, "top_k", None) for module in inside_out)
     return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), 0)
 
 
@@ -190,8 +197,8 @@ def _refuse_unknown_experts(block: nn.Module, names: dict[int, str]) -> None:
         stacked = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
         if len(stacked) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
             raise UnsupportedModelError(
-                f"{names[id(module)]} ({type(module).__name__}) holds stacked experts ({', '.join(stacked)}) that do not "
-                "use transformers' experts interface: register an adapter for this form (entry-point group "
+                f"{names[id(module)]} ({type(module).__name__}) holds stacked experts ({', '.join(stacked)}) that do "
+                "not use transformers' experts interface: register an adapter for this form (entry-point group "
                 "'popmm.adapters')"
             )
 

@@ -7,6 +7,7 @@ arranged, is decided by comparing with the module's own output.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import permutations
@@ -31,9 +32,15 @@ class DenseAdapter:
         candidates = list(_arrangements(module))
         if not candidates:
             return None
-        if probe:
-            candidates = [_probe(module, candidates)]
-        views, combine, down = candidates[0]
+        found = _probe(module, candidates) if probe else candidates[0]
+        if found is None:
+            if not _activations(module):
+                return None  # three linear layers and no activation: no FFN after all
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has the layers of a gated FFN but computes something other than "
+                "down(act(gate(x)) * up(x)): register an adapter for this form (entry-point group 'popmm.adapters')"
+            )
+        views, combine, down = found
         return FFNSite(module=module, weights=views, combine=combine, down=down)
 
 
@@ -44,9 +51,10 @@ def _arrangements(module: nn.Module) -> Iterator[tuple[Callable[[], FFNWeights],
     others = [child for child in children if not isinstance(child, nn.Linear)]
     if len(linears) not in (2, 3) or any(True for child in others for _ in child.parameters()):
         return
-    functions = [value for key, value in vars(module).items() if callable(value) and key != "forward"]
-    activations = [child for child in others if not isinstance(child, nn.Dropout)] + functions
-    for activation in activations or _INLINE:
+    activations = _activations(module)
+    if not activations and _takes_hidden_states_alone(module) and linears[0].in_features != linears[0].out_features:
+        activations = list(_INLINE)
+    for activation in activations:
         combine = partial(_activate, activation)
         if len(linears) == 3:
             for gate, up, down in permutations(linears):
@@ -60,8 +68,21 @@ def _arrangements(module: nn.Module) -> Iterator[tuple[Callable[[], FFNWeights],
                         yield partial(_fused, fused, down, arrangement), combine, down
 
 
+def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+    """Activations that the module holds, as children or as plain functions."""
+    children = [c for c in module.children() if not isinstance(c, (nn.Linear, nn.Dropout))]
+    return children + [value for key, value in vars(module).items() if callable(value) and key != "forward"]
+
+
 # tried where a module holds no activation and so must call one in its forward
 _INLINE = (F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu)
+
+
+def _takes_hidden_states_alone(module: nn.Module) -> bool:
+    """Whether ``module(x)`` is a call: attention has two or three linear layers too, but needs more."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 1
 
 
 def _activate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
@@ -87,11 +108,11 @@ def _fused(fused: nn.Linear, down: nn.Linear, arrangement: Callable) -> FFNWeigh
 
 @torch.no_grad()
 def _probe(module: nn.Module, candidates: list):
-    """The arrangement that reproduces the module's own output on random tokens."""
+    """The arrangement that reproduces the module's own output on random tokens, or None."""
     weight = next(module.parameters())
     d_model = candidates[0][0]().d_model
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE_TOKENS, d_model, generator=generator).to(weight.device, weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(1, PROBE_TOKENS, d_model, generator=generator, device="cpu").to(weight.device, weight.dtype)
     try:
         expected = module(x)
     except Exception as error:
@@ -103,10 +124,7 @@ def _probe(module: nn.Module, candidates: list):
         error = (ffn(x, views(), combine).float() - expected.float()).abs().max()
         if error <= TOLERANCE.get(weight.dtype, 1e-4) * scale:
             return views, combine, down
-    raise UnsupportedModelError(
-        f"{type(module).__name__} has the layers of a gated FFN but computes something other than "
-        "down(act(gate(x)) * up(x)): register an adapter for this form (entry-point group 'popmm.adapters')"
-    )
+    return None
 
 
 register(DenseAdapter())

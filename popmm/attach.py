@@ -13,7 +13,7 @@ from torch import nn
 
 from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe
 from popmm.adapters.base import find_decoder
-from popmm.budget import RegionSizes, check_ffn_ratio, ratio_of, region_sizes
+from popmm.budget import RegionSizes, ratio_of, region_sizes
 from popmm.config import PopConfig
 from popmm.experts import ON_MODULE, PrunedExperts, check_switched, dense_experts, switch_off, switch_on
 from popmm.phase import Arguments, Phase, input_shape
@@ -41,7 +41,12 @@ def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> Par
         ValueError: a ratio that this model cannot reach, or training mode.
         RuntimeError: already attached.
     """
-    config = PopConfig(**settings) if config is None else config.replace(**settings)
+    if config is None:
+        config = PopConfig(**settings)
+    elif not isinstance(config, PopConfig):
+        raise TypeError(f"config is {config!r}: give a PopConfig, such as popmm.PopConfig(pruning_ratio=0.4)")
+    elif settings:
+        config = config.replace(**settings)
     return attach_with(model, config, region_sizes)
 
 
@@ -58,8 +63,8 @@ def attach_with(
     _check_weights(model)
     if model.training or decoder.training:
         raise ValueError(f"this {type(model).__name__} is in training mode: call model.eval() before popmm.attach")
-    description = describe(model)
-    attachment = _build(model, description, config, sizes)
+    with next(model.parameters()).device:  # whatever default device is set
+        attachment = _build(model, describe(model), config, sizes)
     attachment.install()
     return attachment.state
 
@@ -129,15 +134,10 @@ def _build(
     model: nn.Module, description: ModelDescription, config: PopConfig, sizes_of: Callable[..., RegionSizes]
 ) -> _Attachment:
     """Everything that can fail, before anything of the model is touched."""
-    missing = [i for i in config.skip_layers if i >= len(description.layers)]
-    if missing:
-        raise ValueError(f"skip_layers={config.skip_layers}: this model has layers 0 to {len(description.layers) - 1}")
-    if config.ffn_ratio is None:
-        ratio = ratio_of(description, config.pruning_ratio, config.skip_layers, config.shared_experts)
-    else:
-        ratio = check_ffn_ratio(config.ffn_ratio)
+    ratio = ratio_of(description, config)
     ffns, left_dense = [], []
-    for site in description.sites():
+    # a module that several layers share is one FFN
+    for site in {site.name: site for site in description.sites()}.values():
         _check_site(site)
         if site.layer in config.skip_layers:
             left_dense.append(site)

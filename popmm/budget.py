@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
 from popmm.adapters import ModelDescription, describe
+from popmm.config import PopConfig
 
 MAX_FFN_RATIO = 0.95
 
@@ -67,24 +68,28 @@ def ffn_ratio(
         ValueError: the target needs an FFN ratio above 0.95; names the largest target that works.
         UnsupportedModelError: no FFN of a known form.
     """
+    config = PopConfig(pruning_ratio=pruning_ratio, skip_layers=skip_layers, shared_experts=shared_experts)
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
             model = AutoModel.from_config(model)
-    return ratio_of(describe(model, probe=False), pruning_ratio, skip_layers, shared_experts)
+    return ratio_of(describe(model, probe=False), config)
 
 
-def ratio_of(
-    description: ModelDescription, pruning_ratio: float, skip_layers: tuple[int, ...], shared_experts: str
-) -> float:
-    """``ffn_ratio`` of a model that is already described."""
+def ratio_of(description: ModelDescription, config: PopConfig) -> float:
+    """FFN ratio that a config asks of a model: its ``ffn_ratio``, or that of its ``pruning_ratio``."""
+    skip_layers, pruning_ratio = config.skip_layers, config.pruning_ratio
+    if any(index >= len(description.layers) for index in skip_layers):
+        raise ValueError(f"skip_layers={skip_layers}: this model has layers 0 to {len(description.layers) - 1}")
     prunable, everything = 0, 0
     for layer in description.layers:
-        counted = [site for site in layer.sites if shared_experts == "prune" or not site.shared]
+        counted = [site for site in layer.sites if config.shared_experts == "prune" or not site.shared]
         weights = sum(site.active_weights() for site in counted)
         everything += weights + layer.attention_weights
         prunable += weights if layer.index not in skip_layers else 0
     if prunable == 0:
         raise ValueError(f"skip_layers={skip_layers} leaves no FFN to prune: skip fewer layers")
+    if config.ffn_ratio is not None:
+        return _check_ffn_ratio(config.ffn_ratio)
     ratio = pruning_ratio * everything / prunable
     if ratio > MAX_FFN_RATIO:
         # rounded down, so that the ratio named here works
@@ -96,7 +101,7 @@ def ratio_of(
     return ratio
 
 
-def check_ffn_ratio(ratio: float) -> float:
+def _check_ffn_ratio(ratio: float) -> float:
     """The ratio, refused above 95 %."""
     if ratio > MAX_FFN_RATIO:
         raise ValueError(

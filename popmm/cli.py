@@ -94,6 +94,8 @@ def config_from(args: argparse.Namespace) -> PopConfig:
 def generation_settings(args: argparse.Namespace) -> dict:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: give 1 or more")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
     settings = dict(max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0)
     if args.temperature > 0:
         settings["temperature"] = args.temperature
@@ -129,7 +131,7 @@ def run_generate(args: argparse.Namespace) -> None:
         tokens, seconds = timed_generate(model, inputs, streamer, **settings)
         read, dense = state.bytes_per_token()
         console.print(
-            f"{len(tokens)} tokens at {1 / max(seconds, 1e-9):.1f} tokens/s, reading {human_bytes(read)} of "
+            f"{len(tokens)} tokens at {1 / seconds:.1f} tokens/s, reading {human_bytes(read)} of "
             f"{human_bytes(dense)} FFN weights per token ({read / dense:.1%})",
             style="dim",
         )
@@ -147,6 +149,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     from popmm.plots import experts_figure, regions_figure
 
     config, settings = config_from(args), generation_settings(args)
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     model, tokenizer = load_from(args)
     inputs = encode(tokenizer, args.prompt, model.device, args.chat)
     with pruned(model, config) as state:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -46,13 +47,13 @@ class Run:
 
 
 def timed_generate(model, inputs: dict[str, Tensor], streamer: BaseStreamer | None = None, **settings):
-    """``(new tokens [n], seconds per decoded token)`` of a generation at batch 1."""
+    """``(new tokens [n], seconds per decoded token)`` of a generation at batch 1; nan if nothing was decoded."""
     clock = _Clock(streamer)
     output = model.generate(**inputs, streamer=clock, **settings)
     new = output[0, inputs["input_ids"].shape[1] :]
     # put is called with the prompt, then with the token that the prompt pass chose, then once per decode step
     steps = clock.times[1:]
-    return new, (steps[-1] - steps[0]) / max(len(steps) - 1, 1)
+    return new, (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else math.nan
 
 
 @torch.no_grad()

@@ -78,9 +78,10 @@ class PopConfig:
         if not (_is_number(self.prior_tokens) and 0 <= self.prior_tokens < math.inf):
             raise ValueError(f"prior_tokens={self.prior_tokens!r}: give a number of tokens, 0 or more")
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            if not (isinstance(getattr(self, name), str) and getattr(self, name) in choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, choices))}")
-        if not callable(self.importance) and self.importance not in _IMPORTANCES:
+        named = isinstance(self.importance, str) and self.importance in _IMPORTANCES
+        if not (named or callable(self.importance)):
             known = ", ".join(map(repr, _IMPORTANCES))
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
         object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))

@@ -38,7 +38,7 @@ def _rows(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
             row = rows[0]
             y[row] = F.linear(x[row], weight[expert])
         else:
-            index = torch.tensor(rows)
+            index = torch.tensor(rows, device="cpu")
             y[index] = F.linear(x[index], weight[expert]).to(y.dtype)  # autocast may have changed it
     return y
 

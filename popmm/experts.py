@@ -99,11 +99,20 @@ class PrunedExperts(PrunedSite):
         self.phase = phase
         self.dense_forward = dense_experts(self.site.module, phase)
         self._implementation = former_implementation(self.site.module)
-        weights = self.site.weights()
-        # a channel's score without a prompt: the norms of the three vectors it is made of
-        norms = [torch.linalg.vector_norm(w, dim=-1, dtype=torch.float32) for w in (weights.gate, weights.up)]
-        self.prior = norms[0] * norms[1] * self.layout.norms
+        self.read_prior()
         self._rows = self._probe()
+
+    def read_prior(self) -> None:
+        """A channel's score without a prompt: the product of the norms of the vectors it is made of."""
+        w = self.site.weights()
+        gate, up = (torch.linalg.vector_norm(rows, dim=-1).float() for rows in (w.gate, w.up))
+        self.prior = gate * up * self.layout.norms
+
+    def refresh(self) -> None:
+        before = self.layout.norms
+        super().refresh()
+        if self.layout.norms is not before:
+            self.read_prior()
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Experts of tokens x ``[n_tokens, d_model]`` routed to ``index`` with ``weight`` (``[n_tokens, k]``)."""
@@ -199,6 +208,7 @@ class PrunedExperts(PrunedSite):
     @torch.no_grad()
     def _measure(self, h: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> ChannelStatistics:
         prompt = self.phase.prompt
+        self.refresh()
         # a router may send a token that skips its experts to some expert with weight zero
         counted = weight.detach().flatten()[rows] != 0
         if prompt.counted is not None:
@@ -231,13 +241,13 @@ class PrunedExperts(PrunedSite):
         computed a second time.
         """
         w = self.site.weights()
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         n_tokens = 4
-        x = torch.randn(n_tokens, w.d_model, generator=generator).to(w.gate.device, w.gate.dtype)
+        x = torch.randn(n_tokens, w.d_model, generator=generator, device="cpu").to(w.gate.device, w.gate.dtype)
         # falling expert numbers, so that no two row orders look alike
-        choice = torch.arange(n_tokens)[:, None] + torch.arange(self.site.top_k)
+        choice = torch.arange(n_tokens, device="cpu")[:, None] + torch.arange(self.site.top_k, device="cpu")
         index = (-1 - choice).remainder(self.site.n_experts).to(x.device)
-        weight = torch.rand(index.shape, generator=generator).to(x)
+        weight = torch.rand(index.shape, generator=generator, device="cpu").to(x)
         h, _ = self._hidden(x, index)
         ours = _mix(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
         seen: list[Tensor] = []

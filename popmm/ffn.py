@@ -84,4 +84,5 @@ def masked_down(h: Tensor, passing: Tensor, weights: FFNWeights, mean: Tensor | 
 
 def down_norm(down: Tensor) -> Tensor:
     """``||W_down[:, i]||_2``, float32 ``[(E,) d_ff]``, from down ``[(E,) d_model, d_ff]``."""
-    return torch.linalg.vector_norm(down, dim=-2, dtype=torch.float32)
+    accumulate = torch.promote_types(down.dtype, torch.float32)
+    return torch.linalg.vector_norm(down, dim=-2, dtype=accumulate).float()

@@ -27,6 +27,7 @@ class CopyLayout:
         self.down_norm: Tensor | None = None  # float32 [(E,) |R| + |C|]
         self.mean: Tensor | None = None  # [(E,) |R| + |C|], with fill="mean"
         self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels
+        self._source: tuple | None = None
 
     def allocate(self, source: FFNWeights) -> None:
         """Makes the buffers for weights like ``source``; call again when the model has moved."""
@@ -39,6 +40,7 @@ class CopyLayout:
             return None if b is None else b.new_empty(*b.shape[:-1], n)
 
         # inference tensors could not be rewritten outside inference mode
+        self._source = _identity(source.down)
         with torch.inference_mode(False), torch.no_grad():
             self.norms = down_norm(source.down)
             if self.sizes.is_dense:  # decode is the model's own forward
@@ -59,9 +61,8 @@ class CopyLayout:
             self.down_norm = self.norms.new_empty(*self.norms.shape[:-1], n)
 
     def fits(self, source: FFNWeights) -> bool:
-        """Whether the buffers still match the model's device and dtype."""
-        mine = self.weights
-        return mine is not None and mine.down.device == source.down.device and mine.down.dtype == source.down.dtype
+        """Whether norms and buffers still belong to these weights: the model may have moved or been reloaded."""
+        return self._source == _identity(source.down)
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor | None) -> None:
         """Gathers the partition's channels into the buffers, in place.
@@ -96,6 +97,11 @@ class CopyLayout:
         """Memory that the buffers take."""
         tensors = [*(self.weights or ()), self.down_norm, self.mean, self.norms]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _identity(w: Tensor) -> tuple:
+    version = None if w.is_inference() else w._version
+    return w.device, w.dtype, w.data_ptr(), version
 
 
 def _gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +26,8 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     if name.startswith(ZOO_PREFIX):
         model, tokenizer = zoo.load(name.removeprefix(ZOO_PREFIX), dtype=torch_dtype)
         return model.to(device), tokenizer
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"--model {name}: there is no such folder")
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device).eval()
     return model, tokenizer

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
 
 from popmm.importance import ChannelStatistics
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from popmm.site import PrunedSite
 
 _ON_CACHE = "_popmm_sequence"
+KEPT_PASSES = 8  # prompt passes of a sequence that can be taken back when its cache is cropped
 
 
 @dataclass
@@ -37,9 +39,24 @@ class Sequence:
     owner: object  # token of the partition state it belongs to
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)  # by FFN name
     version: int | None = None  # of the cache's length tensor, after the last pass
+    earlier: list[tuple[int, dict[str, ChannelStatistics]]] = field(default_factory=list)  # (start of pass, before it)
 
     def __deepcopy__(self, memo: dict) -> Sequence:
-        return Sequence(self.owner, dict(self.statistics), None)
+        return Sequence(self.owner, dict(self.statistics), None, list(self.earlier))
+
+    def crop(self, past: int) -> None:
+        """Forgets the passes that a cache cropped to ``past`` tokens no longer holds any token of."""
+        while self.earlier and self.earlier[-1][0] >= past:
+            self.statistics = self.earlier.pop()[1]
+
+    def add(self, past: int, statistics: dict[str, ChannelStatistics]) -> None:
+        """Keeps a pass that began after ``past`` tokens."""
+        self.earlier = [*self.earlier, (past, self.statistics)][-KEPT_PASSES:]
+        self.statistics = {**self.statistics, **statistics}
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(bool(s.tokens.sum() > 0) for s in list(self.statistics.values())[:1])
 
 
 class Arguments:
@@ -84,6 +101,13 @@ def remember_length(cache, sequence: Sequence) -> None:
     sequence.version = _version(length) if isinstance(length, Tensor) else None
 
 
+def _cache_of(output) -> Cache | None:
+    """The cache that a decoder made by itself, in its output of either form."""
+    if isinstance(output, tuple):
+        return next((value for value in output if isinstance(value, Cache)), None)
+    return getattr(output, "past_key_values", None)
+
+
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
@@ -110,8 +134,6 @@ def counted_tokens(attention_mask, shape: tuple[int, int], past: int) -> Tensor 
     else:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: give a 2-D or 4-D mask")
     counted = counted.expand(batch, n_tokens)
-    if not counted.any():
-        raise ValueError("the prompt is empty: attention_mask leaves no token of it")
     return None if counted.all() else counted
 
 
@@ -145,6 +167,7 @@ class PromptPass:
 
     sequence: Sequence
     shape: tuple[int, int]  # batch, tokens per sequence
+    past: int  # tokens in the cache before it
     counted: Tensor | None  # bool [batch, n_tokens], None = all
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
 
@@ -208,8 +231,11 @@ class Phase:
                 return self._decode(forward, args, kwargs, shape, cache)
             past = 0 if cache is None else int(cache.get_seq_length())
             counted = counted_tokens(arguments.get("attention_mask"), shape, past)
+            if counted is not None and past == 0 and not self.in_prompt and not counted.any():
+                raise ValueError("the prompt is empty: attention_mask leaves no token of it")
             sequence = known if past and known is not None else Sequence(self._owner)
-            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, counted), cache)
+            sequence.crop(past)
+            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, past, counted), cache)
 
     @contextmanager
     def reading_prompt(self) -> Iterator[None]:
@@ -272,12 +298,12 @@ class Phase:
         finally:
             self.prompt = None
             self.decoding = self.ready
-        prompt.sequence.statistics = {**prompt.sequence.statistics, **prompt.statistics}
-        cache = cache if cache is not None else getattr(output, "past_key_values", None)
+        prompt.sequence.add(prompt.past, prompt.statistics)
+        cache = cache if cache is not None else _cache_of(output)
         if cache is not None:
             setattr(cache, _ON_CACHE, prompt.sequence)
             remember_length(cache, prompt.sequence)
-        if len(prompt.sequence.statistics) == len(self._ffns):
+        if len(prompt.sequence.statistics) == len(self._ffns) and prompt.sequence.has_tokens:
             self._activate(prompt.sequence)
         return output
 

@@ -34,7 +34,8 @@ def pass_rates(layers: Mapping[str, FFNPartition], trace: Trace) -> dict[str, to
         if partition.tokens.ndim:
             continue
         order = torch.cat([partition.retained, partition.candidate, partition.pruned]).cpu()
-        rates[name] = trace[name].float().mean((0, 1))[order]
+        passed = trace[name].float().flatten(0, 1)
+        rates[name] = (passed.mean(0) if len(passed) else torch.zeros(partition.d_ff))[order]
     return rates
 
 

@@ -34,6 +34,12 @@ class PrunedSite:
         self.layout = CopyLayout(sizes, fill_mean=config.fill == "mean")
         self.layout.allocate(site.weights())
 
+    def refresh(self) -> None:
+        """Reads the weights' norms again if the model has moved or its weights have changed."""
+        source = self.site.weights()
+        if not self.layout.fits(source):
+            self.layout.allocate(source)
+
     def importance(self, statistics: ChannelStatistics) -> Tensor:
         """Importance that the partition ranks by, float32 ``[(E,) d_ff]``."""
         return statistics.importance
@@ -53,10 +59,8 @@ class PrunedSite:
             self.partition = self.split(statistics)
             if self.sizes.is_dense:
                 return
-            source = self.site.weights()
-            if not self.layout.fits(source):
-                self.layout.allocate(source)
-            self.layout.write(source, self.partition, statistics.mean)
+            self.refresh()
+            self.layout.write(self.site.weights(), self.partition, statistics.mean)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
@@ -116,6 +120,7 @@ class PrunedFFN(PrunedSite):
         if self.phase.decoding or prompt is None:
             return None
         (h,) = args
+        self.refresh()
         with torch.inference_mode(False), torch.no_grad():
             flat = h.detach().flatten(0, -2)
             counted = flat if prompt.counted is None else flat[prompt.counted.flatten().to(h.device)]

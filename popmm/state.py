@@ -83,7 +83,7 @@ class PartitionState:
         Yields a mapping from FFN name to a bool tensor ``[steps, batch, d_ff]`` (experts ``[steps, batch,
         n_experts, d_ff]``) in the model's own channel numbers. Compiled steps run eagerly meanwhile.
         """
-        trace = Trace()
+        trace = Trace({ffn.name: tuple(ffn.layout.norms.shape) for ffn in self._ffns})
         previous = [ffn.trace for ffn in self._ffns]
         for ffn in self._ffns:
             ffn.trace = trace

@@ -14,12 +14,13 @@ class Trace(Mapping[str, Tensor]):
     Channels are in the model's own numbers. Masks lie on the CPU.
     """
 
-    def __init__(self) -> None:
-        self._steps: dict[str, list[Tensor]] = {}
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes  # of one token's mask, by FFN name
+        self._steps: dict[str, list[Tensor]] = {name: [] for name in shapes}
 
     def add(self, name: str, mask: Tensor) -> None:
         """Appends steps ``[n, batch, ...]``."""
-        self._steps.setdefault(name, []).append(mask.cpu())
+        self._steps[name].append(mask.cpu())
 
     def __getitem__(self, name: str) -> Tensor:
         steps = self._steps[name]
@@ -28,7 +29,7 @@ class Trace(Mapping[str, Tensor]):
             raise ValueError(
                 f"this trace holds steps of batch sizes {sorted(batches)}: trace one generate call at a time"
             )
-        return torch.cat(steps)
+        return torch.cat(steps) if steps else torch.zeros(0, 0, *self._shapes[name], dtype=torch.bool)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._steps)

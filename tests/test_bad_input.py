@@ -299,6 +299,22 @@ def test_importance_callable_of_the_wrong_shape(llama):
         assert not state.ready
 
 
+@pytest.mark.parametrize("config", [0.4, {"pruning_ratio": 0.4}])
+def test_config_of_another_type(llama, config):
+    with pytest.raises(TypeError, match=r"give a PopConfig, such as popmm\.PopConfig\(pruning_ratio=0\.4\)"):
+        popmm.attach(llama, config)
+
+
+def test_budget_checks_its_arguments(llama):
+    for ratio in (-0.1, 1.5, "a"):
+        with pytest.raises(ValueError, match="is not a ratio"):
+            popmm.budget.ffn_ratio(llama, ratio)
+    with pytest.raises(ValueError, match=r"skip_layers=\(9,\): this model has layers 0 to 1"):
+        popmm.budget.ffn_ratio(llama, 0.2, skip_layers=(9,))
+    with pytest.raises(ValueError, match="leaves no FFN to prune"):
+        popmm.attach(llama, ffn_ratio=0.3, skip_layers=(0, 1))
+
+
 def test_attached_model_refuses_to_be_copied(llama):
     with popmm.pruned(llama):
         for copier in (copy.deepcopy, pickle.dumps):

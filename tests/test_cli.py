@@ -81,6 +81,9 @@ def test_demo_compares_20_and_40_percent(capsys):
         (["generate", "--model", "zoo:nothing"], "no bundled model is called 'nothing'"),
         (["generate", "--selection", "best"], "selection='best'"),
         (["generate", "--chat"], "no chat template"),
+        (["generate", "--temperature", "-1"], "--temperature -1.0: give 0 (greedy) or more"),
+        (["generate", "--model", "/nowhere/model"], "there is no such folder"),
+        (["inspect", "--out", "/nowhere/picture.png"], "there is no folder /nowhere"),
         (["generate", "--max-new-tokens", "0"], "--max-new-tokens 0: give 1 or more"),
         (["eval", "--text", "/nowhere/text.txt"], "No such file"),
     ],
@@ -98,3 +101,11 @@ def test_interrupt_ends_quietly(capsys, monkeypatch):
     monkeypatch.setattr("popmm.compare.timed_generate", interrupt)
     assert main(["generate", *SHORT]) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_one_new_token_needs_no_decode_step(tmp_path, capsys):
+    one = ["--max-new-tokens", "1"]
+    assert main(["generate", "--compare", *one]) == 0
+    assert main(["generate", *one]) == 0
+    assert main(["inspect", "--out", str(tmp_path / "picture.png"), *one]) == 0
+    assert "1 of 1" in capsys.readouterr().out

@@ -360,6 +360,88 @@ def test_skipped_layers_run_their_former_implementation():
     assert torch.equal(inside, model.generate(ids, max_new_tokens=5, do_sample=False))
 
 
+def test_top_1_routing_finds_the_right_rows():
+    for d_model, n_experts in ((32, 3), (32, 7), (32, 8), (64, 2)):
+        config = tiny.MOE["qwen3-moe"].to_dict()
+        config.update(hidden_size=d_model, num_experts=n_experts, num_experts_per_tok=1)
+        model = tiny.build(type(tiny.MOE["qwen3-moe"])(**config))
+        model.set_experts_implementation("grouped_mm")
+        ids = tiny.prompt(20)
+        with popmm.pruned(model, CONFIG) as state:
+            model.generate(ids, max_new_tokens=1)
+        assert_partitions(state, expected_partitions(model, [ids[0]], round((1 - RATIO) * 48)))
+
+
+def test_models_that_share_a_configuration_are_independent():
+    config = tiny.MOE["mixtral"].__class__(**tiny.MOE["mixtral"].to_dict())
+    one, two = tiny.build(config), tiny.build(config, seed=1)
+    assert one.config is two.config
+    one.set_experts_implementation("batched_mm")
+    ids = tiny.prompt(9)
+    dense = two.generate(ids, max_new_tokens=5, do_sample=False)
+    popmm.attach(one, CONFIG)
+    assert torch.equal(two.generate(ids, max_new_tokens=5, do_sample=False), dense)
+    state = popmm.attach(two, CONFIG.replace(skip_layers=(0,)))
+    popmm.detach(one)
+    with state.trace() as trace:
+        two.generate(ids, max_new_tokens=5, do_sample=False)
+    assert len(trace["model.layers.1.mlp.experts"]) == 4
+    popmm.detach(two)
+    assert config._experts_implementation == "batched_mm"
+
+
+def test_setting_another_implementation_while_attached_is_refused():
+    model = tiny.moe("mixtral")
+    popmm.attach(model, CONFIG)
+    model.set_experts_implementation("batched_mm")
+    with pytest.raises(
+        RuntimeError, match=r"experts implementation was set to 'batched_mm' while the model was attached"
+    ):
+        model.generate(tiny.prompt(9), max_new_tokens=2)
+    popmm.detach(model)
+    assert model.config._experts_implementation == "batched_mm"
+
+
+def test_ratio_zero_leaves_the_implementation_alone():
+    model = tiny.moe("mixtral", "grouped_mm")
+    with popmm.pruned(model, pruning_ratio=0.0) as state, state.trace() as trace:
+        assert model.config._experts_implementation == "grouped_mm"
+        model.generate(tiny.prompt(9), max_new_tokens=3)
+    assert set(trace["model.layers.0.mlp.experts"].sum(-1).unique().tolist()) == {0, 48}
+
+
+def test_tokens_routed_with_weight_zero_do_not_count():
+    model = tiny.moe("mixtral")
+    router = model.model.layers[0].mlp.gate
+    plain = router.forward
+
+    def skip_some(x):
+        logits, weight, index = plain(x)
+        weight = weight.clone()
+        weight[:4] = 0.0
+        return logits, weight, index
+
+    router.forward = skip_some
+    with popmm.pruned(model, CONFIG) as state:
+        model.generate(tiny.prompt(9), max_new_tokens=1)
+        assert state.layers["model.layers.0.mlp.experts"].tokens.sum() == 5 * 2
+
+
+def test_the_router_says_how_many_experts_are_active():
+    model = tiny.moe("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = 3
+    with popmm.pruned(model, pruning_ratio=0.0) as state:
+        assert state.bytes_per_token() == (2 * 3 * 48 * 3 * 32 * 4,) * 2
+
+
+def test_autocast_works_on_experts():
+    model = tiny.moe("mixtral")
+    with popmm.pruned(model, CONFIG), torch.autocast("cpu", torch.bfloat16):
+        output = model.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False)
+    assert output.shape == (1, 13)
+
+
 def test_experts_that_compute_something_else_are_refused():
     model = tiny.moe("mixtral")
     experts = model.model.layers[1].mlp.experts

@@ -200,6 +200,31 @@ def test_copied_prompt_cache_brings_its_statistics(llama):
             assert found(state) == expected(llama, torch.cat([prefix, question], 1)[0])
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("chunk", [4, 5, 7])
+def test_chunks_that_are_all_padding_are_no_empty_prompt(llama, chunk, cache):
+    ids = tiny.prompt(9)
+    padded, mask = left_padded(ids[0], tiny.prompt(16, seed=2)[0])
+    with popmm.pruned(llama, CONFIG) as state:
+        plain = generate(llama, ids)
+        settings = dict(prefill_chunk_size=chunk, cache_implementation=cache)
+        output = generate(llama, padded[:1], attention_mask=mask[:1], **settings)
+        assert found(state) == expected_of(llama, state, ids)
+    assert torch.equal(output[0, 16:], plain[0, 9:])
+
+
+@torch.no_grad()
+def test_cropping_a_cache_takes_its_tokens_out_of_the_statistics(llama):
+    prefix, first, second = tiny.prompt(9, seed=1), tiny.prompt(14, seed=2), tiny.prompt(5, seed=3)
+    with popmm.pruned(llama, CONFIG) as state:
+        cache = llama(prefix).past_key_values
+        llama(first, past_key_values=cache)
+        cache.crop(-14)
+        llama(second, past_key_values=cache)
+        assert found(state) == expected(llama, torch.cat([prefix, second], 1)[0])
+        assert state.layers["model.layers.0.mlp"].tokens == 14
+
+
 def test_beam_search_partitions_by_the_prompt(llama):
     ids = tiny.prompt(9)
     with popmm.pruned(llama, CONFIG) as state, state.trace() as trace:
