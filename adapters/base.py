@@ -153,7 +153,7 @@ def describe(model: nn.Module, probe: bool = True) -> ModelDescription:
 def _describe_layer(index: int, module: nn.Module, names: dict[int, str], probe: bool) -> DecoderLayer:
     layer = DecoderLayer(index, names[id(module)], module)
     for child in module.children():
-        sites = list(_find_sites(child, probe))
+        sites = list(_find_sites(child, names, probe))
         for site in sites:
             if site.is_experts:
                 site.top_k = _router_top_k(child) or site.top_k
@@ -174,14 +174,17 @@ def _describe_layer(index: int, module: nn.Module, names: dict[int, str], probe:
     return layer
 
 
-def _find_sites(module: nn.Module, probe: bool) -> Iterator[FFNSite]:
+def _find_sites(module: nn.Module, names: dict[int, str], probe: bool) -> Iterator[FFNSite]:
     for adapter in registry():
-        site = adapter.site(module, probe)
+        try:
+            site = adapter.site(module, probe)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{names[id(module)]}: {error}") from error
         if site is not None:
             yield site
             return
     for child in module.children():
-        yield from _find_sites(child, probe)
+        yield from _find_sites(child, names, probe)
 
 
 def _router_top_k(block: nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,9 @@ def popmm_experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Our entry in transformers' experts interface; modules that are not attached run as they did before."""
-    forward = module.__dict__.get(ON_MODULE) or partial(former_implementation(module), module)
+    forward = module.__dict__.get(ON_MODULE)
+    if forward is None:
+        return former_implementation(module)(module, hidden_states, top_k_index, top_k_weights)
     return forward(hidden_states, top_k_index, top_k_weights)
 
 

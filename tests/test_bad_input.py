@@ -95,7 +95,8 @@ def test_ffn_that_computes_something_else_is_refused(llama):
     plain = type(mlp).forward
     mlp.forward = lambda x: plain(mlp, x) * 2
     with pytest.raises(
-        popmm.UnsupportedModelError, match="LlamaMLP has the layers of a gated FFN but computes something other"
+        popmm.UnsupportedModelError,
+        match=r"model\.layers\.1\.mlp: LlamaMLP has the layers of a gated FFN but computes something other",
     ):
         popmm.attach(llama)
     del mlp.forward
