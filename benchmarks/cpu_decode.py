@@ -105,8 +105,10 @@ def measure(form: str, dtype_name: str, rounds: int) -> list[dict]:
     rows = rows_of(form, model)
     times = {label: [] for label in rows}
     prefills = {label: [] for label in rows}
-    extra = {label: (1.0, 0.0) for label in rows}
+    extra = {label: (1.0, 0.0, 0) for label in rows}
     outside = other_bytes(model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    print(f"{form} {dtype_name}: {weights:.2f} GiB of weights")
     default = model.config._experts_implementation
     for turn in track(range(rounds + 1), description=f"{form} {dtype_name}"):
         for label, (config, experts) in rows.items():
@@ -118,7 +120,8 @@ def measure(form: str, dtype_name: str, rounds: int) -> list[dict]:
                 with popmm.pruned(model, config) as state:
                     ms, prefill = decode_ms(model, ids)
                     read, dense = state.bytes_per_token()
-                    extra[label] = ((read + outside) / (dense + outside), state.partition_seconds() * 1e3)
+                    share = (read + outside) / (dense + outside)
+                    extra[label] = (share, state.partition_seconds() * 1e3, state.buffer_bytes())
             if turn:  # the first round warms up
                 times[label].append(ms)
                 prefills[label].append(prefill * 1e3)
@@ -137,7 +140,7 @@ def measure(form: str, dtype_name: str, rounds: int) -> list[dict]:
             "partition_ms": round(extra[label][1], 1),
             "partition_in_dense_steps": round(extra[label][1] / best, 2),
             "prefill_ms": round(statistics.median(prefills[label]), 1),
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "buffers_gib": round(extra[label][2] / 2**30, 2),
         }
         for label in rows
     ]
@@ -162,6 +165,7 @@ def main() -> None:
     rows = [row for dtype in args.dtypes.split(",") for row in measure(args.form, dtype, args.rounds)]
     Console(width=180).print(table_of(rows))
     machine = {
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -51,6 +51,6 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
         f"FFN weights read per token: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
         f"selection={c.selection} importance={importance} fill={c.fill} prefill={c.prefill} "
         f"layout={ffns[0].layout.name}"
-        f" (+{human_bytes(sum(ffn.layout.bytes() for ffn in ffns))}); {status}",
+        f" (+{human_bytes(state.buffer_bytes())}); {status}",
     ]
     return "\n".join(lines)

@@ -72,6 +72,10 @@ class PartitionState:
         untouched = sum(site_bytes(site) for site in self._left_dense)
         return round(pruned) + untouched, round(dense) + untouched
 
+    def buffer_bytes(self) -> int:
+        """Memory that popmm holds beside the model's own weights."""
+        return sum(ffn.layout.bytes() for ffn in self._ffns)
+
     def summary(self) -> str:
         """Table of all FFNs: layer, d_ff, R, C, P, K, and bytes read per token against dense."""
         return summary_table(self, self._ffns)

@@ -14,8 +14,8 @@ from popmm import reference
 
 
 def mlps(model):
-    """The FFN modules of a causal language model of the tests."""
-    return [layer.mlp for layer in model.model.layers]
+    """The FFN modules of a causal language model, or of its stack of layers."""
+    return [layer.mlp for layer in getattr(model, "model", model).layers]
 
 
 def weights(mlp):
