@@ -18,6 +18,7 @@ _CHOICES = {
     "shared_experts": ("dense", "prune"),
     "layout": ("auto", "copy"),
 }
+_TO_COME = {"gate_bits": 16, "modality_balance": None, "refresh_every": 0}
 _IMPORTANCES = ("wanda", "griffin", "flock", "routed")
 
 
@@ -48,6 +49,8 @@ class PopConfig:
             buffers; ``"auto"`` lets the library choose.
         prior_tokens: n0 of ``n / (n + n0)``, by which an expert that saw n prompt tokens blends its scores
             with the prior; 0 = the prior serves only experts that saw no token.
+        gate_bits, modality_balance, refresh_every: named for settings to come; this version takes their
+            defaults only, and says so.
     """
 
     pruning_ratio: float | None = None
@@ -61,6 +64,9 @@ class PopConfig:
     skip_layers: tuple[int, ...] = ()
     layout: Literal["auto", "copy"] = "auto"
     prior_tokens: float = 4.0
+    gate_bits: int = 16
+    modality_balance: float | None = None
+    refresh_every: int = 0
 
     def __post_init__(self) -> None:
         if self.pruning_ratio is not None and self.ffn_ratio is not None:
@@ -84,6 +90,9 @@ class PopConfig:
         if not (named or callable(self.importance)):
             known = ", ".join(map(repr, _IMPORTANCES))
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
+        for name, default in _TO_COME.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r}: this version takes only {name}={default}")
         object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))
 
     @classmethod

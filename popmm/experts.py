@@ -119,10 +119,8 @@ class PrunedExperts(PrunedSite):
         """Experts of tokens x ``[n_tokens, d_model]`` routed to ``index`` with ``weight`` (``[n_tokens, k]``)."""
         if not self.phase.decoding:
             return self.prefill(x, index, weight)
-        if self.sizes.is_dense:
-            y, passing = self.dense_forward(x, index, weight), None
-        else:
-            y, passing = self.decode(x, index, weight)
+        dense = self.sizes.is_dense
+        y, passing = (self.dense_forward(x, index, weight), None) if dense else self.decode(x, index, weight)
         if self.trace is not None:
             self.record(index, passing)
         return y
@@ -132,19 +130,17 @@ class PrunedExperts(PrunedSite):
 
         Returns:
             The output ``[n_tokens, d_model]``, and which channels in reading order passed, bool
-            ``[n_tokens * k, |R| + |C|]``.
+            ``[n_tokens * k, |R| + |C|]``; None if all did.
         """
         w, layout, sizes = self.layout.weights, self.layout, self.sizes
         experts = index.flatten()
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
         gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
         h = self.site.combine(gate, expert_linear(pairs, w.up, experts, w.up_bias))
-        if self.config.selection == "keep":
-            passing = torch.ones_like(h, dtype=torch.bool)
-        else:
+        passing = None
+        if self.config.selection == "mask":
             passing = arithmetic.select(h, self.score, layout.down_norm[experts], sizes.retained, sizes.budget)
-            stand_in = torch.zeros((), dtype=h.dtype, device=h.device) if layout.mean is None else layout.mean[experts]
-            h = torch.where(passing, h, stand_in)
+            h = arithmetic.fill_in(h, passing, None if layout.mean is None else layout.mean[experts])
         y = expert_linear(h, w.down, experts, w.down_bias)
         return _mix(y, weight, x), passing
 
@@ -195,7 +191,7 @@ class PrunedExperts(PrunedSite):
         experts = index.flatten()
         order = self.partition.reading_order.to(index.device)[experts]
         if passing is None:
-            order, passing = self.partition.retained.to(index.device)[experts], torch.ones_like(order, dtype=torch.bool)
+            passing = torch.ones_like(order, dtype=torch.bool)
         pairs = torch.zeros(len(experts), self.sizes.d_ff, dtype=torch.bool, device=index.device)
         pairs.scatter_(1, order, passing)
         full = torch.zeros(

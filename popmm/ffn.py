@@ -76,10 +76,9 @@ def select(h: Tensor, score: Callable, down_norm: Tensor, retained: int, budget:
     return torch.cat([on, best(candidates, budget - retained)], dim=-1)
 
 
-def masked_down(h: Tensor, passing: Tensor, weights: FFNWeights, mean: Tensor | None) -> Tensor:
-    """Down projection in which channels that do not pass contribute zero, or their prompt mean."""
-    stand_in = torch.zeros((), dtype=h.dtype, device=h.device) if mean is None else mean.to(h.dtype)
-    return F.linear(torch.where(passing, h, stand_in), weights.down, weights.down_bias)
+def fill_in(h: Tensor, passing: Tensor, mean: Tensor | None) -> Tensor:
+    """h ``[..., n]`` in which channels that do not pass are zero, or their prompt mean (broadcastable to h)."""
+    return h.masked_fill(~passing, 0.0) if mean is None else torch.where(passing, h, mean)
 
 
 def down_norm(down: Tensor) -> Tensor:

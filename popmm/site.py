@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from popmm import ffn as arithmetic
@@ -91,10 +92,7 @@ class PrunedFFN(PrunedSite):
         """Stands in for the module's forward: dense at prefill, pruned at decode."""
         if not self.phase.decoding:
             return self.dense_forward(x)
-        if self.sizes.is_dense:
-            y, passing = self.dense_forward(x), None
-        else:
-            y, passing = self.decode(x)
+        y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
         if self.trace is not None:
             self.record(x, passing)
         return y
@@ -104,15 +102,14 @@ class PrunedFFN(PrunedSite):
 
         Returns:
             The output ``[..., d_model]``, and which of the channels in reading order passed, bool
-            ``[..., |R| + |C|]``.
+            ``[..., |R| + |C|]``; None if all did.
         """
         layout, sizes = self.layout, self.sizes
-        h = arithmetic.hidden(x, layout.weights, self.site.combine)
-        if self.config.selection == "keep":
-            passing = torch.ones_like(h, dtype=torch.bool)
-            return torch.nn.functional.linear(h, layout.weights.down, layout.weights.down_bias), passing
-        passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget)
-        return arithmetic.masked_down(h, passing, layout.weights, layout.mean), passing
+        h, passing = arithmetic.hidden(x, layout.weights, self.site.combine), None
+        if self.config.selection == "mask":
+            passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget)
+            h = arithmetic.fill_in(h, passing, layout.mean)
+        return F.linear(h, layout.weights.down, layout.weights.down_bias), passing
 
     def observe(self, module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Pre-hook of the down projection: measures h of a prompt pass, and prunes it if so configured."""
@@ -136,9 +133,6 @@ class PrunedFFN(PrunedSite):
         """Adds a step to the trace: channels that passed, in the model's own numbers."""
         batch, n_tokens = self.phase.shape
         full = torch.zeros(batch * n_tokens, self.sizes.d_ff, dtype=torch.bool, device=x.device)
-        if passing is None:
-            full.fill_(True)
-        else:
-            order = self.partition.reading_order.to(x.device)
-            full[:, order] = passing.reshape(batch * n_tokens, -1)
+        order = self.partition.reading_order.to(x.device)
+        full[:, order] = True if passing is None else passing.reshape(batch * n_tokens, -1)
         self.trace.add(self.name, full.view(batch, n_tokens, -1).transpose(0, 1))
