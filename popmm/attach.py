@@ -105,19 +105,26 @@ class _Attachment:
     hooks: list[tuple[nn.Module, Callable, bool]]  # (module, forward pre-hook, takes kwargs)
     replaced: list[tuple[Any, str, Any]] = field(default_factory=list)
     handles: list = field(default_factory=list)
+    switched: bool = False
 
     def install(self) -> None:
         self.overrides.append((self.decoder, _ATTACHMENT, self))
-        for module, attribute, value in self.overrides:
-            self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
-            module.__dict__[attribute] = value
-        if self.switches_experts:
-            switch_on(self.decoder)
-        for module, hook, with_kwargs in self.hooks:
-            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        try:
+            for module, attribute, value in self.overrides:
+                self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
+                module.__dict__[attribute] = value
+            for module, hook, with_kwargs in self.hooks:
+                self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+            if self.switches_experts:
+                switch_on(self.decoder)
+                self.switched = True
+        except BaseException:  # an interrupt too must leave the model as it was
+            self.remove()
+            raise
 
     def remove(self) -> None:
-        if self.switches_experts:
+        if self.switched:
+            self.switched = False
             switch_off(self.decoder)
         for handle in self.handles:
             handle.remove()

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
 from popmm.importance import ChannelStatistics
+from popmm.padding import counted_tokens
 
 if TYPE_CHECKING:
     from popmm.site import PrunedSite
@@ -110,55 +109,6 @@ def _cache_of(output) -> Cache | None:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def counted_tokens(attention_mask, shape: tuple[int, int], past: int) -> Tensor | None:
-    """Which tokens of this pass are no padding, bool ``[batch, n_tokens]``; None if all count.
-
-    Understands what transformers hands a decoder: None, the tokenizer's 2-D mask (covering the cache or
-    only the new tokens), a prepared 4-D mask (boolean or additive), a BlockMask, or a dict of these by
-    attention type.
-    """
-    if isinstance(attention_mask, dict):
-        masks = [attention_mask.get("full_attention"), *attention_mask.values()]
-        attention_mask = next((mask for mask in masks if mask is not None), None)
-    if attention_mask is None:
-        return None
-    batch, n_tokens = shape
-    if isinstance(attention_mask, BlockMask):
-        counted = _block_diagonal(attention_mask, batch, n_tokens, past)
-    elif attention_mask.ndim == 2:
-        counted = _last_columns(attention_mask, n_tokens, past).bool()
-    elif attention_mask.ndim == 4:
-        counted = _diagonal(attention_mask, n_tokens, past)
-    else:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: give a 2-D or 4-D mask")
-    counted = counted.expand(batch, n_tokens)
-    return None if counted.all() else counted
-
-
-def _last_columns(mask: Tensor, n_tokens: int, past: int) -> Tensor:
-    """Columns of the new tokens: a mask may cover the cache, a longer static cache, or the new tokens alone."""
-    if mask.shape[-1] >= past + n_tokens:
-        return mask[..., past : past + n_tokens]
-    return mask[..., -n_tokens:]
-
-
-def _diagonal(mask: Tensor, n_tokens: int, past: int) -> Tensor:
-    """A token counts if it may attend to itself: padding tokens may not."""
-    square = _last_columns(mask[:, 0], n_tokens, past)
-    own = square.diagonal(dim1=-2, dim2=-1)
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
-
-
-def _block_diagonal(mask: BlockMask, batch: int, n_tokens: int, past: int) -> Tensor:
-    # a prepared BlockMask's function adds the cache's offset to the query's index by itself
-    device = mask.kv_num_blocks.device
-    rows = torch.arange(batch, device=device)
-    columns = torch.arange(n_tokens, device=device)
-    head = torch.zeros((), dtype=torch.long, device=device)
-    per_token = [mask.mask_mod(rows, head, column, column + past) for column in columns]
-    return torch.stack([value.expand(batch) for value in per_token], dim=-1)
 
 
 @dataclass
@@ -278,7 +228,7 @@ class Phase:
         """Makes the partition of a known sequence the active one; an unknown cache decodes with what is there."""
         if known is None or known is self._active:
             return self.ready
-        if len(known.statistics) < len(self._ffns):
+        if len(known.statistics) < len(self._ffns) or not known.has_tokens:
             return False
         self._activate(known)
         return True

@@ -282,6 +282,29 @@ def test_interrupt_while_partitioning_leaves_a_dense_model(llama, monkeypatch):
     assert torch.equal(llama(ids).logits, dense)
 
 
+@pytest.mark.parametrize("build", [lambda: tiny.dense("llama"), lambda: tiny.moe("mixtral")])
+def test_interrupted_attach_leaves_no_trace(build, monkeypatch):
+    model = build()
+    former = model.config._experts_implementation
+    plain = torch.nn.Module.register_forward_pre_hook
+    calls = []
+
+    def interrupt(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    ratio = 0.0 if hasattr(model.config, "num_local_experts") else 0.4
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.Module, "register_forward_pre_hook", interrupt)
+        popmm.attach(model, pruning_ratio=ratio)
+    assert untouched(model)
+    assert model.config._experts_implementation == former
+    popmm.attach(model)
+    popmm.detach(model)
+
+
 def test_interrupted_chat_turn_is_not_counted(llama):
     with popmm.pruned(llama, ffn_ratio=0.4) as state, torch.no_grad():
         cache = llama(tiny.prompt(9)).past_key_values
