@@ -61,12 +61,14 @@ def random_model(form: str, dtype: torch.dtype):
 
 
 @torch.inference_mode()
-def decode_ms(model, ids: torch.Tensor) -> tuple[float, float]:
-    """(milliseconds per decoded token, seconds of the prompt pass)."""
+def decode_ms(model, ids: torch.Tensor, experts: str | None = None) -> tuple[float, float]:
+    """(milliseconds per decoded token, seconds of the prompt pass); ``experts`` runs the decode steps."""
     start = time.perf_counter()
     output = model(ids, use_cache=True)
     prefill = time.perf_counter() - start
     cache, token = output.past_key_values, ids[:, -1:]
+    if experts is not None:
+        model.set_experts_implementation(experts)
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -113,9 +115,9 @@ def measure(form: str, dtype_name: str, rounds: int) -> list[dict]:
     for turn in track(range(rounds + 1), description=f"{form} {dtype_name}"):
         for label, (config, experts) in rows.items():
             if form == "moe":
-                model.set_experts_implementation(experts or default)
+                model.set_experts_implementation(default)
             if config is None:
-                ms, prefill = decode_ms(model, ids)
+                ms, prefill = decode_ms(model, ids, experts)
             else:
                 with popmm.pruned(model, config) as state:
                     ms, prefill = decode_ms(model, ids)

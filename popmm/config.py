@@ -63,7 +63,7 @@ class PopConfig:
     shared_experts: Literal["dense", "prune"] = "dense"
     skip_layers: tuple[int, ...] = ()
     layout: Literal["auto", "copy"] = "auto"
-    prior_tokens: float = 4.0
+    prior_tokens: float = 32.0
     gate_bits: int = 16
     modality_balance: float | None = None
     refresh_every: int = 0

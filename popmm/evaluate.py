@@ -57,7 +57,9 @@ def _pooled(statistics: ChannelStatistics) -> Tensor:
 
 
 METHODS: dict[str, Method] = {
-    "random": Method(lambda c: c.replace(selection="keep", candidate_fraction=0.0, importance=_random_scores)),
+    "random": Method(
+        lambda c: c.replace(selection="keep", candidate_fraction=0.0, importance=_random_scores, prior_tokens=0.0)
+    ),
     "prompt mask": Method(lambda c: c.replace(selection="mask", candidate_fraction=0.0)),
     "mask": Method(lambda c: c.replace(selection="mask")),
     "keep": Method(lambda c: c.replace(selection="keep")),

@@ -36,7 +36,7 @@ def _rows(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     for expert, rows in rows_of.items():
         if len(rows) == 1:
             row = rows[0]
-            y[row] = F.linear(x[row], weight[expert])
+            y[row] = F.linear(x[row : row + 1], weight[expert])[0]  # faster than a vector
         else:
             index = torch.tensor(rows, device="cpu")
             y[index] = F.linear(x[index], weight[expert]).to(y.dtype)  # autocast may have changed it
