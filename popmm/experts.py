@@ -10,6 +10,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from popmm import ffn as arithmetic
 from popmm.adapters import UnsupportedModelError
+from popmm.adapters.dense import TOLERANCE
 from popmm.expert_linear import expert_linear
 from popmm.importance import ChannelStatistics, blend_with_prior, measure
 from popmm.phase import Phase
@@ -17,7 +18,6 @@ from popmm.site import PrunedSite
 
 IMPLEMENTATION = "popmm"  # our name in transformers' experts interface
 ON_MODULE = "_popmm_experts"  # where an attached experts module finds its forward
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 # configurations set to our implementation: [configuration, its former implementation, attached models]
