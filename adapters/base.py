@@ -39,11 +39,17 @@ class FFNSite:
     def is_experts(self) -> bool:
         return self.n_experts > 0
 
+    def active_channels(self) -> int:
+        """Channels that one token activates, over all of its experts."""
+        return self.weights().d_ff * (self.top_k if self.is_experts else 1)
+
     def active_weights(self) -> int:
         """Weights (elements) that one token activates."""
-        weights = self.weights()
-        per_expert = 3 * weights.d_ff * weights.d_model
-        return per_expert * (self.top_k if self.is_experts else 1)
+        return 3 * self.weights().d_model * self.active_channels()
+
+    def active_bytes(self) -> int:
+        """Weight bytes that one token reads."""
+        return self.weights().bytes_per_channel() * self.active_channels()
 
 
 class Adapter(Protocol):

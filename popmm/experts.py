@@ -12,6 +12,7 @@ from popmm import ffn as arithmetic
 from popmm.adapters import UnsupportedModelError
 from popmm.adapters.dense import TOLERANCE
 from popmm.expert_linear import expert_linear
+from popmm.ffn import FFNWeights
 from popmm.importance import ChannelStatistics, blend_with_prior, measure
 from popmm.phase import Phase
 from popmm.site import PrunedSite
@@ -85,9 +86,10 @@ def former_implementation(module: nn.Module, decoding: bool = False) -> Callable
 
 def dense_experts(module: nn.Module, phase: Phase) -> Callable[..., Tensor]:
     """Forward of experts that are left dense."""
+    prompt, step = former_implementation(module), former_implementation(module, decoding=True)
 
     def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        return former_implementation(module, phase.decoding)(module, x, index, weight)
+        return (step if phase.decoding else prompt)(module, x, index, weight)
 
     return forward
 
@@ -125,7 +127,7 @@ class PrunedExperts(PrunedSite):
             self.record(index, passing)
         return y
 
-    def decode(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pruned experts. Each (token, expert) pair masks its own candidates.
 
         Returns:
@@ -134,15 +136,11 @@ class PrunedExperts(PrunedSite):
         """
         w, layout, sizes = self.layout.weights, self.layout, self.sizes
         experts = index.flatten()
-        pairs = x.repeat_interleave(index.shape[-1], dim=0)
-        gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
-        h = self.site.combine(gate, expert_linear(pairs, w.up, experts, w.up_bias))
-        passing = None
+        h, passing = self._hidden(x, index, w), None
         if self.config.selection == "mask":
             passing = arithmetic.select(h, self.score, layout.down_norm[experts], sizes.retained, sizes.budget)
             h = arithmetic.fill_in(h, passing, None if layout.mean is None else layout.mean[experts])
-        y = expert_linear(h, w.down, experts, w.down_bias)
-        return _mix(y, weight, x), passing
+        return _down(h, w, index, weight, x), passing
 
     def observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook that only measures: at ratio 0 the model's own experts run, whatever implementation is set."""
@@ -151,7 +149,7 @@ class PrunedExperts(PrunedSite):
             if self.trace is not None:
                 self.record(index, None)
         elif self.phase.prompt is not None:
-            self._measure(*self._hidden(x, index), index, weight)
+            self._measure(self._hidden(x, index, self.site.weights()), _natural(index.flatten()), index, weight)
 
     def prefill(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Prompt pass: dense, or with the pruned channels of each expert off."""
@@ -159,24 +157,18 @@ class PrunedExperts(PrunedSite):
         if prompt is None:
             return self.dense_forward(x, index, weight)
         pruning = self.config.prefill == "pruned" and not self.sizes.is_dense
-        statistics = None
 
         def observe(h: Tensor, rows: Tensor) -> Tensor:
             """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``."""
-            nonlocal statistics
             statistics = self._measure(h, rows, index, weight)
             return self._without_pruned(h, index.flatten()[rows], statistics) if pruning else h
 
         if self._rows is not None:
             rows = self._rows(index.flatten())
             return self._implementation(_Observed(self.site.module, lambda h: observe(h, rows)), x, index, weight)
-        h, rows = self._hidden(x, index)
-        h = observe(h, rows)
-        if not pruning:
-            return self.dense_forward(x, index, weight)
         w = self.site.weights()
-        y = expert_linear(h, w.down, index.flatten(), w.down_bias)
-        return _mix(y, weight, x)
+        h = observe(self._hidden(x, index, w), _natural(index.flatten()))
+        return _down(h, w, index, weight, x) if pruning else self.dense_forward(x, index, weight)
 
     def importance(self, statistics: ChannelStatistics) -> Tensor:
         return blend_with_prior(statistics, self.prior.to(statistics.squares.device), self.config.prior_tokens)
@@ -221,13 +213,12 @@ class PrunedExperts(PrunedSite):
             return h.scatter(1, pruned, statistics.mean[experts].gather(1, pruned).to(h.dtype))
         return h.scatter(1, pruned, 0.0)
 
-    def _hidden(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """h of all (token, choice) pairs by the canonical weights, in natural order."""
-        w, experts = self.site.weights(), index.flatten()
+    def _hidden(self, x: Tensor, index: Tensor, w: FFNWeights) -> Tensor:
+        """h of all (token, choice) pairs ``[n_tokens * k, d_ff]``, in natural order."""
+        experts = index.flatten()
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
         gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
-        h = self.site.combine(gate, expert_linear(pairs, w.up, experts, w.up_bias))
-        return h, torch.arange(len(experts), device=x.device)
+        return self.site.combine(gate, expert_linear(pairs, w.up, experts, w.up_bias))
 
     @torch.no_grad()
     def _probe(self) -> Callable[[Tensor], Tensor] | None:
@@ -245,8 +236,8 @@ class PrunedExperts(PrunedSite):
         choice = torch.arange(n_tokens, device="cpu")[:, None] + torch.arange(self.site.top_k, device="cpu")
         index = (-1 - choice).remainder(self.site.n_experts).to(x.device)
         weight = torch.rand(index.shape, generator=generator, device="cpu").to(x)
-        h, _ = self._hidden(x, index)
-        ours = _mix(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
+        h = self._hidden(x, index, w)
+        ours = _down(h, w, index, weight, x)
         seen: list[Tensor] = []
 
         def keep(rows: Tensor) -> Tensor:
@@ -260,8 +251,7 @@ class PrunedExperts(PrunedSite):
                 "down(act(gate(x)) * up(x)) per expert: register an adapter for this form "
                 "(entry-point group 'popmm.adapters')"
             )
-        orders = (lambda flat: torch.arange(len(flat), device=flat.device), lambda flat: flat.sort()[1])
-        for order in orders:
+        for order in (_natural, _by_expert):
             if len(seen) == 1 and seen[0].shape == h.shape and _close(seen[0], h[order(index.flatten())]):
                 return order
         return None
@@ -280,8 +270,18 @@ class _Observed:
         return self._observe(self._module._apply_gate(gate_up))
 
 
-def _mix(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Sum of the experts' outputs y ``[n_tokens * k, d_model]`` by router weight ``[n_tokens, k]``."""
+# row orders of h, as the (token, choice) pair behind each row, from flat expert numbers
+def _natural(experts: Tensor) -> Tensor:
+    return torch.arange(len(experts), device=experts.device)
+
+
+def _by_expert(experts: Tensor) -> Tensor:
+    return experts.sort()[1]
+
+
+def _down(h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Down projection of h ``[n_tokens * k, n]``, summed over a token's experts by router weight, in x's dtype."""
+    y = expert_linear(h, w.down, index.flatten(), w.down_bias)
     mixed = (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1)
     return mixed.to(x.dtype)
 

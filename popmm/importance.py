@@ -140,5 +140,6 @@ def blend_with_prior(statistics: ChannelStatistics, prior: Tensor, prior_tokens:
     own = (statistics.squares / n.clamp(min=1).unsqueeze(-1)).sqrt()
     seen = n > 0
     level = own[seen].mean() / prior[seen].to(own.dtype).mean().clamp(min=1e-30)
+    level = torch.where(seen.any(), level, torch.ones_like(level))  # a router may have skipped every token
     share = torch.where(seen, n / (n + prior_tokens).clamp(min=1), torch.zeros_like(n)).unsqueeze(-1)
     return (share * own + (1 - share) * level * prior).float()

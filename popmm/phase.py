@@ -55,7 +55,7 @@ class Sequence:
 
     @property
     def has_tokens(self) -> bool:
-        return any(bool(s.tokens.sum() > 0) for s in list(self.statistics.values())[:1])
+        return any(bool((s.tokens > 0).any()) for s in self.statistics.values())
 
 
 class Arguments:

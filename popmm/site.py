@@ -76,8 +76,8 @@ class PrunedSite:
         """
         s = self.sizes
         channels = (2 * s.read + s.budget) / 3 if self.config.selection == "mask" else s.read
-        one = self.site.weights().bytes_per_channel() * max(self.site.top_k, 1)
-        return channels * one, s.d_ff * one
+        dense = self.site.active_bytes()
+        return channels * (dense // s.d_ff), dense
 
 
 class PrunedFFN(PrunedSite):
@@ -97,7 +97,7 @@ class PrunedFFN(PrunedSite):
             self.record(x, passing)
         return y
 
-    def decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pruned FFN of tokens x ``[..., d_model]``.
 
         Returns:

@@ -69,7 +69,7 @@ class PartitionState:
         for ffn in self._ffns:
             own, all_of_it = ffn.bytes_per_token()
             pruned, dense = pruned + own, dense + all_of_it
-        untouched = sum(site_bytes(site) for site in self._left_dense)
+        untouched = sum(site.active_bytes() for site in self._left_dense)
         return round(pruned) + untouched, round(dense) + untouched
 
     def buffer_bytes(self) -> int:
@@ -128,9 +128,3 @@ class PartitionState:
             f"PartitionState({len(self._ffns)} FFNs, {self.ffn_ratio:.1%} of channels pruned, "
             f"selection={self.config.selection!r}, reads {pruned / dense:.1%} of the FFN bytes per token, {status})"
         )
-
-
-def site_bytes(site: FFNSite) -> int:
-    """FFN weight bytes that a dense token reads at a site."""
-    weights = site.weights()
-    return weights.bytes_per_channel() * weights.d_ff * (site.top_k if site.is_experts else 1)

@@ -28,6 +28,17 @@ def weights(mlp):
 
 
 @contextmanager
+def pre_hooks(hooks):
+    """Forward pre-hooks, (module, hook) pairs, for the length of a ``with`` block."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def captured(model):
     """Yields a list that receives h ``[batch, n_tokens, d_ff]`` of each FFN, layer by layer."""
     seen = [None] * len(mlps(model))
@@ -38,12 +49,8 @@ def captured(model):
 
         return hook
 
-    handles = [mlp.down_proj.register_forward_pre_hook(keep(i)) for i, mlp in enumerate(mlps(model))]
-    try:
+    with pre_hooks((mlp.down_proj, keep(i)) for i, mlp in enumerate(mlps(model))):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import itertools
 from contextlib import contextmanager
 
+import independent
 import pytest
 import tiny
 import torch
@@ -43,12 +44,8 @@ def routed(model):
     def keep(name):
         return lambda module, args: seen[name].append(tuple(a.detach().clone() for a in args))
 
-    handles = [m.register_forward_pre_hook(keep(name)) for name, m in experts_of(model).items()]
-    try:
+    with independent.pre_hooks((m, keep(name)) for name, m in experts_of(model).items()):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -338,14 +335,15 @@ def test_bytes_per_token_counts_activated_experts():
 
 
 @pytest.mark.parametrize("selection", ["mask", "keep"])
-def test_compiled_decode_equals_eager(selection):
+@pytest.mark.parametrize("skip_layers", [(), (0,)])
+def test_compiled_decode_equals_eager(selection, skip_layers):
     from transformers import CompileConfig
 
     model = tiny.moe("qwen3-moe")
     compile_config = CompileConfig(fullgraph=True, backend="eager")
     compile_config._compile_all_devices = True
     settings = dict(cache_implementation="static", max_length=40, do_sample=False)
-    with popmm.pruned(model, CONFIG.replace(selection=selection)):
+    with popmm.pruned(model, CONFIG.replace(selection=selection, skip_layers=skip_layers)):
         for n in (5, 9):
             ids = tiny.prompt(n, seed=n, batch=2)
             eager = model.generate(ids, **settings)
@@ -425,6 +423,27 @@ def test_tokens_routed_with_weight_zero_do_not_count():
     with popmm.pruned(model, CONFIG) as state:
         model.generate(tiny.prompt(9), max_new_tokens=1)
         assert state.layers["model.layers.0.mlp.experts"].tokens.sum() == 5 * 2
+
+
+def test_a_layer_whose_experts_read_no_token_has_the_priors_partition():
+    model = tiny.moe("mixtral")
+    router = model.model.layers[0].mlp.gate
+    plain = router.forward
+
+    def skip_all(x):
+        logits, weight, index = plain(x)
+        return logits, torch.zeros_like(weight), index
+
+    router.forward = skip_all
+    with popmm.pruned(model, CONFIG) as state:
+        output = model.generate(tiny.prompt(9), max_new_tokens=3, do_sample=False)
+        p = state.layers["model.layers.0.mlp.experts"]
+    assert output.shape == (1, 12) and p.tokens.sum() == 0
+    experts = model.model.layers[0].mlp.experts
+    for e in range(6):
+        gate, up = experts.gate_up_proj[e].chunk(2)
+        prior = gate.norm(dim=1) * up.norm(dim=1) * experts.down_proj[e].norm(dim=0)
+        assert p.retained[e].tolist() == prior.argsort(descending=True)[: p.retained.shape[1]].tolist()
 
 
 def test_the_router_says_how_many_experts_are_active():
