@@ -172,7 +172,7 @@ def _describe_layer(index: int, module: nn.Module, names: dict[int, str], probe:
         if not any(site.is_experts for site in sites):
             _refuse_unknown_experts(child, names)
         if not sites:
-            layer.attention_weights += sum(m.weight.numel() for m in child.modules() if _is_linear(m))
+            layer.attention_weights += sum(m.weight.numel() for m in child.modules() if is_linear(m))
     has_experts = any(site.is_experts for site in layer.sites)
     for site in layer.sites:
         site.name, site.layer = names[id(site.module)], index
@@ -212,7 +212,7 @@ def _refuse_unknown_experts(block: nn.Module, names: dict[int, str]) -> None:
             )
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     # transformers' Conv1D is a linear layer with a transposed weight
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
@@ -220,7 +220,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _explain_no_site(layer: DecoderLayer) -> str:
     """Names the FFN of a form that no adapter knows, or else what the layer holds."""
     for name, module in layer.module.named_modules():
-        linears = {child: m for child, m in module.named_children() if _is_linear(m)}
+        linears = {child: m for child, m in module.named_children() if is_linear(m)}
         shapes = [tuple(m.weight.shape) for m in linears.values()]
         if len(shapes) == 2 and shapes[0] == shapes[1][::-1]:
             where = f"{layer.name}.{name}".rstrip(".")

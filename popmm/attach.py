@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe
+from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe, find_surroundings, tower_ffns
 from popmm.adapters.base import find_decoder
-from popmm.budget import RegionSizes, ratio_of, region_sizes
+from popmm.adapters.vlm import Surroundings
+from popmm.budget import MAX_FFN_RATIO, RegionSizes, ratio_of, region_sizes
 from popmm.config import PopConfig
 from popmm.experts import ON_MODULE, PrunedExperts, check_switched, dense_experts, switch_off, switch_on
 from popmm.phase import Arguments, Phase, input_shape
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
+from popmm.tower import PrunedTowerFFN, tower_ratio
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ATTACHMENT = "_popmm_attachment"
@@ -154,7 +156,12 @@ def _build(
         else:
             left_dense.append(site)
     phase = Phase(ffns)
-    state = PartitionState(config, ratio, ffns, left_dense, phase)
+    tower = []
+    if config.vision == "prune":
+        found = tower_ffns(model)
+        vision_ratio = tower_ratio(found, config, MAX_FFN_RATIO)
+        tower = [PrunedTowerFFN(ffn, vision_ratio, config) for ffn in found]
+    state = PartitionState(config, ratio, ffns, left_dense, phase, tower)
 
     decoder = description.decoder
     overrides: list[tuple[Any, str, Any]] = []
@@ -177,6 +184,14 @@ def _build(
         experts = [site.module for site in left_dense if site.is_experts]
         overrides += [(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
     overrides.append((decoder, "forward", _phased(decoder, phase, switches_experts)))
+    surroundings = find_surroundings(model)
+    if surroundings is not None:
+        overrides.append((surroundings.module, "forward", _with_modalities(surroundings, phase)))
+    elif config.modality_balance is not None:
+        raise ValueError(
+            f"modality_balance={config.modality_balance}: this {type(model).__name__} reads text alone; leave it None"
+        )
+    hooks += [(ffn.down, ffn.prune, False) for ffn in tower]
     return _Attachment(decoder, switches_experts, state, phase, overrides, hooks)
 
 
@@ -198,6 +213,22 @@ def _phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callabl
         return run(forward, args, kwargs, arguments)
 
     return phased_forward
+
+
+def _with_modalities(surroundings: Surroundings, phase: Phase) -> Callable:
+    """The forward of the module around the decoder, which knows what the decoder cannot see: image tokens."""
+    forward = surroundings.module.forward
+    read = Arguments(forward)
+    run = torch.compiler.disable(phase.run_around)
+
+    @functools.wraps(forward)
+    def reading_forward(*args, **kwargs):
+        arguments = read(args, kwargs)
+        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
+            return forward(*args, **kwargs)
+        return run(forward, args, kwargs, lambda: surroundings.modalities(arguments))
+
+    return reading_forward
 
 
 def _exclusive(generate: Callable, phase: Phase) -> Callable:

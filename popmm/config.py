@@ -17,8 +17,9 @@ _CHOICES = {
     "prefill": ("dense", "pruned"),
     "shared_experts": ("dense", "prune"),
     "layout": ("auto", "copy"),
+    "vision": ("dense", "prune"),
 }
-_TO_COME = {"gate_bits": 16, "modality_balance": None, "refresh_every": 0}
+_TO_COME = {"gate_bits": 16, "refresh_every": 0}
 _IMPORTANCES = ("wanda", "griffin", "flock", "routed")
 
 
@@ -49,7 +50,12 @@ class PopConfig:
             buffers; ``"auto"`` lets the library choose.
         prior_tokens: n0 of ``n / (n + n0)``, by which an expert that saw n prompt tokens blends its scores
             with the prior; 0 = the prior serves only experts that saw no token.
-        gate_bits, modality_balance, refresh_every: named for settings to come; this version takes their
+        modality_balance: vision-language models: share of the statistics' weight that text tokens get
+            together, in (0, 1); the tokens of images and videos get the rest. None = every token counts
+            once (paper).
+        vision: ``"dense"`` leaves the vision tower alone; ``"prune"`` prunes its FFNs picture by picture by
+            the prompt pass's rule (paper, appendix), which saves no time.
+        gate_bits, refresh_every: named for settings to come; this version takes their
             defaults only, and says so.
     """
 
@@ -64,8 +70,9 @@ class PopConfig:
     skip_layers: tuple[int, ...] = ()
     layout: Literal["auto", "copy"] = "auto"
     prior_tokens: float = 32.0
-    gate_bits: int = 16
     modality_balance: float | None = None
+    vision: Literal["dense", "prune"] = "dense"
+    gate_bits: int = 16
     refresh_every: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +90,12 @@ class PopConfig:
             raise ValueError(f"candidate_fraction={self.candidate_fraction!r}: give a number in [0, 1], such as 0.1")
         if not (_is_number(self.prior_tokens) and 0 <= self.prior_tokens < math.inf):
             raise ValueError(f"prior_tokens={self.prior_tokens!r}: give a number of tokens, 0 or more")
+        balance = self.modality_balance
+        if balance is not None and not (_is_number(balance) and 0 < balance < 1):
+            raise ValueError(
+                f"modality_balance={balance!r}: give the text tokens' share of the weight, a number between 0 and 1 "
+                "such as 0.5, or None"
+            )
         for name, choices in _CHOICES.items():
             if not (isinstance(getattr(self, name), str) and getattr(self, name) in choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, choices))}")

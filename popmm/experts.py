@@ -14,6 +14,7 @@ from popmm.adapters.dense import TOLERANCE
 from popmm.expert_linear import expert_linear
 from popmm.ffn import FFNWeights
 from popmm.importance import ChannelStatistics, blend_with_prior, measure
+from popmm.modality import JointStatistics
 from popmm.phase import Phase
 from popmm.site import PrunedSite
 
@@ -195,22 +196,25 @@ class PrunedExperts(PrunedSite):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _measure(self, h: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> ChannelStatistics:
+    def _measure(self, h: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
         prompt = self.phase.prompt
         self.refresh()
         # a router may send a token that skips its experts to some expert with weight zero
-        counted = weight.detach().flatten()[rows] != 0
-        if prompt.counted is not None:
-            counted &= prompt.counted.flatten().to(h.device)[rows // index.shape[-1]]
-        h, rows = h[counted], rows[counted]
-        experts = index.detach().flatten()[rows].clone()
-        factor = weight.detach().flatten()[rows] if self.config.importance == "routed" else None
-        return self.add(prompt, measure(h.detach(), self.score, self.layout.norms, factor, experts))
+        h, experts, factor = h.detach(), index.detach().flatten()[rows], weight.detach().flatten()[rows]
+        read = {}
+        for modality, tokens in prompt.groups.items():
+            own = factor != 0
+            if tokens is not None:
+                own &= tokens.to(h.device)[rows // index.shape[-1]]
+            weights = factor[own] if self.config.importance == "routed" else None
+            read[modality] = measure(h[own], self.score, self.layout.norms, weights, experts[own])
+        return self.add(prompt, JointStatistics(read))
 
-    def _without_pruned(self, h: Tensor, experts: Tensor, statistics: ChannelStatistics) -> Tensor:
+    def _without_pruned(self, h: Tensor, experts: Tensor, statistics: JointStatistics) -> Tensor:
         pruned = self.split(statistics).pruned[experts]
         if self.config.fill == "mean":
-            return h.scatter(1, pruned, statistics.mean[experts].gather(1, pruned).to(h.dtype))
+            mean = self.pooled(statistics).mean[experts]
+            return h.scatter(1, pruned, mean.gather(1, pruned).to(h.dtype))
         return h.scatter(1, pruned, 0.0)
 
     def _hidden(self, x: Tensor, index: Tensor, w: FFNWeights) -> Tensor:

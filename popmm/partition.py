@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,14 @@ class FFNPartition:
     candidate: Tensor  # [|C|]
     pruned: Tensor  # [|P|]
     importance: Tensor  # [d_ff], float32
-    tokens: Tensor  # int64 [] or [n_experts]: prompt tokens behind the importance
+    tokens_by_modality: Mapping[str, Tensor]  # int64 [] or [n_experts]: prompt tokens behind the importance
     sizes: RegionSizes
+
+    @property
+    def tokens(self) -> Tensor:
+        """Prompt tokens behind the importance, int64 ``[]`` or ``[n_experts]``."""
+        first, *others = self.tokens_by_modality.values()
+        return sum((tokens.to(first.device) for tokens in others), first)
 
     @property
     def budget(self) -> int:
@@ -41,14 +48,15 @@ class FFNPartition:
 
     def __repr__(self) -> str:
         s = self.sizes
+        read = " + ".join(f"{int(tokens.sum())} {name}" for name, tokens in self.tokens_by_modality.items())
         experts = f"{len(self.tokens)} experts, " if self.tokens.ndim else ""
         return (
             f"FFNPartition({experts}d_ff={s.d_ff}: {s.retained} retained, {s.candidate} candidate, "
-            f"{s.pruned} pruned; budget {s.budget}; from {int(self.tokens.sum())} tokens)"
+            f"{s.pruned} pruned; budget {s.budget}; from {read} tokens)"
         )
 
 
-def split(importance: Tensor, sizes: RegionSizes, tokens: Tensor) -> FFNPartition:
+def split(importance: Tensor, sizes: RegionSizes, tokens: Mapping[str, Tensor]) -> FFNPartition:
     """Splits channels by importance ``[(E,) d_ff]``: the top |R|, the next |C|, the rest."""
     order = importance.argsort(dim=-1, descending=True, stable=True)
     retained, candidate, pruned = order.split([sizes.retained, sizes.candidate, sizes.pruned], dim=-1)

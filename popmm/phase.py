@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from popmm.importance import ChannelStatistics
+from popmm.modality import JointStatistics, token_groups
 from popmm.padding import counted_tokens
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class Sequence:
     """
 
     owner: object  # token of the partition state it belongs to
-    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)  # by FFN name
+    statistics: dict[str, JointStatistics] = field(default_factory=dict)  # by FFN name
     version: int | None = None  # of the cache's length tensor, after the last pass
-    earlier: list[tuple[int, dict[str, ChannelStatistics]]] = field(default_factory=list)  # (start of pass, before it)
+    earlier: list[tuple[int, dict[str, JointStatistics]]] = field(default_factory=list)  # (start of pass, before it)
 
     def __deepcopy__(self, memo: dict) -> Sequence:
         return Sequence(self.owner, dict(self.statistics), None, list(self.earlier))
@@ -48,14 +48,14 @@ class Sequence:
         while self.earlier and self.earlier[-1][0] >= past:
             self.statistics = self.earlier.pop()[1]
 
-    def add(self, past: int, statistics: dict[str, ChannelStatistics]) -> None:
+    def add(self, past: int, statistics: dict[str, JointStatistics]) -> None:
         """Keeps a pass that began after ``past`` tokens."""
         self.earlier = [*self.earlier, (past, self.statistics)][-KEPT_PASSES:]
         self.statistics = {**self.statistics, **statistics}
 
     @property
     def has_tokens(self) -> bool:
-        return any(bool((s.tokens > 0).any()) for s in self.statistics.values())
+        return any(s.has_tokens for s in self.statistics.values())
 
 
 class Arguments:
@@ -118,8 +118,8 @@ class PromptPass:
     sequence: Sequence
     shape: tuple[int, int]  # batch, tokens per sequence
     past: int  # tokens in the cache before it
-    counted: Tensor | None  # bool [batch, n_tokens], None = all
-    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
+    groups: dict[str, Tensor | None]  # bool [batch * n_tokens] by modality, None = every token
+    statistics: dict[str, JointStatistics] = field(default_factory=dict)
 
 
 class Phase:
@@ -131,6 +131,7 @@ class Phase:
         self.shape = (0, 0)
         self.in_prompt = False
         self._simulating = False
+        self._read_modalities: Callable[[], dict[str, Tensor]] | None = None
         self._ffns = ffns
         self._owner = object()
         self._active: Sequence | None = None
@@ -185,7 +186,8 @@ class Phase:
                 raise ValueError("the prompt is empty: attention_mask leaves no token of it")
             sequence = known if past and known is not None else Sequence(self._owner)
             sequence.crop(past)
-            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, past, counted), cache)
+            groups = token_groups(counted, self._modalities(shape))
+            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, past, groups), cache)
 
     @contextmanager
     def reading_prompt(self) -> Iterator[None]:
@@ -195,6 +197,22 @@ class Phase:
             yield
         finally:
             self.in_prompt = False
+
+    def run_around(self, forward: Callable, args: tuple, kwargs: dict, read: Callable[[], dict[str, Tensor]]):
+        """Runs the module around the decoder; ``read`` tells its image tokens, if the pass is a prompt."""
+        with self.exclusive("forward"):
+            before, self._read_modalities = self._read_modalities, read
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._read_modalities = before
+
+    def _modalities(self, shape: tuple[int, int]) -> dict[str, Tensor] | None:
+        if self._read_modalities is None:
+            return None
+        found = self._read_modalities()
+        # a model that makes several tokens of one placeholder, or a decoder called by itself inside
+        return {name: positions for name, positions in found.items() if positions.shape == shape}
 
     def __deepcopy__(self, memo: dict):
         # a copy of the model would share its hooks with the original

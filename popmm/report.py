@@ -30,6 +30,16 @@ def to_text(table: Table, width: int = 110) -> str:
     return buffer.getvalue().rstrip()
 
 
+def prompt_tokens(state: PartitionState) -> str:
+    """What the partition was made from, such as ``16 image + 21 text tokens``."""
+    counts: dict[str, int] = {}
+    for ffn in state._ffns:
+        per_token = max(1, ffn.site.top_k)  # experts count a token once for each that reads it
+        for name, tokens in ffn.partition.tokens_by_modality.items():
+            counts[name] = max(counts.get(name, 0), -(-int(tokens.sum()) // per_token))
+    return " + ".join(f"{n} {name}" for name, n in sorted(counts.items())) + " tokens"
+
+
 def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     """``PartitionState.summary``: a row per FFN, then the total and the settings."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -45,7 +55,7 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     pruned, dense = state.bytes_per_token()
     c = state.config
     importance = c.importance if isinstance(c.importance, str) else "callable"
-    status = "partitioned" if state.ready else "waiting for a prompt"
+    status = f"partitioned from {prompt_tokens(state)}" if state.ready else "waiting for a prompt"
     lines = [
         to_text(table),
         f"FFN weights read per token: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",

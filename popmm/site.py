@@ -12,6 +12,7 @@ from popmm import ffn as arithmetic
 from popmm.budget import RegionSizes
 from popmm.importance import ChannelStatistics, measure, token_score
 from popmm.layout import CopyLayout
+from popmm.modality import JointStatistics
 from popmm.partition import FFNPartition, split
 
 if TYPE_CHECKING:
@@ -45,23 +46,26 @@ class PrunedSite:
         """Importance that the partition ranks by, float32 ``[(E,) d_ff]``."""
         return statistics.importance
 
-    def split(self, statistics: ChannelStatistics) -> FFNPartition:
-        return split(self.importance(statistics), self.sizes, statistics.tokens)
+    def pooled(self, statistics: JointStatistics) -> ChannelStatistics:
+        return statistics.pooled(self.config.modality_balance)
 
-    def add(self, prompt: PromptPass, new: ChannelStatistics) -> ChannelStatistics:
+    def split(self, statistics: JointStatistics) -> FFNPartition:
+        return split(self.importance(self.pooled(statistics)), self.sizes, statistics.tokens)
+
+    def add(self, prompt: PromptPass, new: JointStatistics) -> JointStatistics:
         """Adds a pass's statistics to what the sequence has; kept by the phase if the pass ends well."""
         known = prompt.statistics.get(self.name) or prompt.sequence.statistics.get(self.name)
         prompt.statistics[self.name] = new if known is None else known + new
         return prompt.statistics[self.name]
 
-    def apply(self, statistics: ChannelStatistics) -> None:
+    def apply(self, statistics: JointStatistics) -> None:
         """Partitions by the statistics and lays the weights out for decode."""
         with torch.inference_mode(False), torch.no_grad():
             self.partition = self.split(statistics)
             if self.sizes.is_dense:
                 return
             self.refresh()
-            self.layout.write(self.site.weights(), self.partition, statistics.mean)
+            self.layout.write(self.site.weights(), self.partition, self.pooled(statistics).mean)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
@@ -120,13 +124,16 @@ class PrunedFFN(PrunedSite):
         self.refresh()
         with torch.inference_mode(False), torch.no_grad():
             flat = h.detach().flatten(0, -2)
-            counted = flat if prompt.counted is None else flat[prompt.counted.flatten().to(h.device)]
-            statistics = self.add(prompt, measure(counted, self.score, self.layout.norms))
+            read = {}
+            for modality, rows in prompt.groups.items():
+                own = flat if rows is None else flat[rows.to(h.device)]
+                read[modality] = measure(own, self.score, self.layout.norms)
+            statistics = self.add(prompt, JointStatistics(read))
         if self.config.prefill == "dense" or self.sizes.is_dense:
             return None
         pruned = self.split(statistics).pruned
         h = h.clone()
-        h[..., pruned] = statistics.mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
+        h[..., pruned] = self.pooled(statistics).mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
         return (h,)
 
     def record(self, x: Tensor, passing: Tensor | None) -> None:

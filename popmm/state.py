@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from popmm.adapters import FFNSite
     from popmm.importance import ChannelStatistics
     from popmm.site import PrunedSite
+    from popmm.tower import PrunedTowerFFN
 
 
 class PartitionState:
@@ -32,17 +33,26 @@ class PartitionState:
         ffn_ratio: share of each FFN's channels that is pruned.
         layers: FFN module name, as in ``model.named_modules()``, to ``FFNPartition``; empty until a
             prompt has been read.
+        vision: with ``vision="prune"``, FFN module name of the vision tower to the ``FFNPartition`` of the last
+            pictures read; empty before.
         ready: whether a prompt has been read, so that one-token passes decode.
     """
 
     def __init__(
-        self, config: PopConfig, ffn_ratio: float, ffns: list[PrunedSite], left_dense: list[FFNSite], phase: Phase
+        self,
+        config: PopConfig,
+        ffn_ratio: float,
+        ffns: list[PrunedSite],
+        left_dense: list[FFNSite],
+        phase: Phase,
+        tower: list[PrunedTowerFFN],
     ) -> None:
         self.config = config
         self.ffn_ratio = ffn_ratio
         self._ffns = ffns
         self._left_dense = left_dense
         self._phase = phase
+        self._tower = tower
 
     @property
     def ready(self) -> bool:
@@ -53,6 +63,10 @@ class PartitionState:
         if not self.ready:
             return MappingProxyType({})
         return MappingProxyType({ffn.name: ffn.partition for ffn in self._ffns})
+
+    @property
+    def vision(self) -> Mapping[str, FFNPartition]:
+        return MappingProxyType({ffn.name: ffn.partition for ffn in self._tower if ffn.partition is not None})
 
     def reset(self) -> None:
         """Forgets the partition and all statistics: the next pass is read as a new prompt."""

@@ -31,7 +31,6 @@ def untouched(model):
         ({"skip_layers": (-1,)}, r"skip_layers=\(-1,\): give layer indices counted from 0"),
         ({"skip_layers": 3}, r"skip_layers=3: give layer indices"),
         ({"refresh_every": 8}, r"refresh_every=8: this version takes only refresh_every=0"),
-        ({"modality_balance": 0.5}, r"modality_balance=0\.5: this version takes only modality_balance=None"),
         ({"selection": "gate"}, r"selection='gate': give one of 'mask', 'keep'"),
         ({"prior_tokens": -1}, r"prior_tokens=-1: give a number of tokens"),
     ],

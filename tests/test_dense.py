@@ -8,7 +8,6 @@ import tiny
 import torch
 
 import popmm
-from popmm import reference
 
 WITHOUT_BIAS = [name for name in tiny.DENSE if name != "llama-bias"]
 
@@ -214,31 +213,3 @@ def test_bytes_per_token_counts_what_each_selection_reads(llama):
             assert state.bytes_per_token() == (round(2 * channels * channel), 2 * 80 * channel)
     with popmm.pruned(llama, pruning_ratio=0.0) as state:
         assert state.bytes_per_token() == (2 * 80 * channel,) * 2
-
-
-def test_language_model_inside_a_larger_model_reads_image_and_text_tokens():
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    config = LlavaConfig(vision_config=vision, text_config=tiny.DENSE["llama"], image_token_index=3)
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    image = torch.full((1, 4), 3)  # four patches of 14 x 14
-    ids = torch.cat([tiny.prompt(2), image, tiny.prompt(6, seed=1)], dim=1)
-    partitions = []
-    for seed in (1, 2):
-        pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad(), independent.captured(model.model.language_model) as seen:
-            model(ids, pixel_values=pixels)
-        with popmm.pruned(model, ffn_ratio=0.5) as state:
-            model.generate(ids, pixel_values=pixels, max_new_tokens=3, do_sample=False)
-            assert list(state.layers) == [f"model.language_model.layers.{i}.mlp" for i in range(2)]
-            found = [independent.channels(p) for p in state.layers.values()]
-            assert int(state.layers["model.language_model.layers.0.mlp"].tokens) == 12
-        for regions, h, layer in zip(found, seen, model.model.language_model.layers):
-            scores = reference.prompt_importance("wanda", h[0], layer.mlp.down_proj.weight)
-            assert regions == reference.partition(scores, 40, 0.1)
-        partitions.append(found)
-    assert partitions[0] != partitions[1]  # the picture matters
