@@ -29,6 +29,8 @@ class FFNSite:
     weights: Callable[[], FFNWeights]
     combine: Callable[[Tensor, Tensor], Tensor]  # (gate [..., n], up [..., n]) -> h [..., n]
     down: nn.Module | None = None  # the FFN's down projection: its input is h
+    up: nn.Module | None = None  # the FFN's up projection, if it is a layer by itself
+    split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # experts: joint output [n, 2 d_ff] to (gate, up)
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
     name: str = ""

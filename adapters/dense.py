@@ -40,12 +40,14 @@ class DenseAdapter:
                 f"{type(module).__name__} has the layers of a gated FFN but computes something other than "
                 "down(act(gate(x)) * up(x)): register an adapter for this form (entry-point group 'popmm.adapters')"
             )
-        views, combine, down = found
-        return FFNSite(module=module, weights=views, combine=combine, down=down)
+        views, combine, down, up = found
+        return FFNSite(module=module, weights=views, combine=combine, down=down, up=up)
 
 
-def _arrangements(module: nn.Module) -> Iterator[tuple[Callable[[], FFNWeights], Callable, nn.Linear]]:
-    """Every reading of the module's layers as (weight views, combine, down projection), likeliest first."""
+def _arrangements(
+    module: nn.Module,
+) -> Iterator[tuple[Callable[[], FFNWeights], Callable, nn.Linear, nn.Linear | None]]:
+    """Every reading of the module's layers as (weight views, combine, down, separate up), likeliest first."""
     children = list(module.children())
     linears = [child for child in children if isinstance(child, nn.Linear)]
     others = [child for child in children if not isinstance(child, nn.Linear)]
@@ -59,13 +61,13 @@ def _arrangements(module: nn.Module) -> Iterator[tuple[Callable[[], FFNWeights],
         if len(linears) == 3:
             for gate, up, down in permutations(linears):
                 if gate.weight.shape == up.weight.shape == down.weight.shape[::-1]:
-                    yield partial(_separate, gate, up, down), combine, down
+                    yield partial(_separate, gate, up, down), combine, down, up
         else:
             for fused, down in (linears, linears[::-1]):
                 d_model, d_ff = down.weight.shape
                 if fused.weight.shape == (2 * d_ff, d_model):
                     for arrangement in _FUSED:
-                        yield partial(_fused, fused, down, arrangement), combine, down
+                        yield partial(_fused, fused, down, arrangement), combine, down, None
 
 
 def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
@@ -120,10 +122,11 @@ def _probe(module: nn.Module, candidates: list):
             f"{type(module).__name__} looks like a gated FFN but does not run on hidden states alone: {error}"
         ) from error
     scale = expected.float().abs().max()
-    for views, combine, down in candidates:
+    for found in candidates:
+        views, combine, *_ = found
         error = (ffn(x, views(), combine).float() - expected.float()).abs().max()
         if error <= TOLERANCE.get(weight.dtype, 1e-4) * scale:
-            return views, combine, down
+            return found
     return None
 
 

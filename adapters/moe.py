@@ -39,6 +39,7 @@ class ExpertsAdapter:
             module=module,
             weights=partial(_views, module),
             combine=partial(_combine, module),
+            split=partial(_split, module, dim=-1),
             n_experts=module.num_experts,
             top_k=_top_k(module),
         )

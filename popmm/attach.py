@@ -14,9 +14,12 @@ from torch import nn
 from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe, find_surroundings, tower_ffns
 from popmm.adapters.base import find_decoder
 from popmm.adapters.vlm import Surroundings
-from popmm.budget import MAX_FFN_RATIO, RegionSizes, ratio_of, region_sizes
+from popmm.budget import MAX_FFN_RATIO, RegionSizes, gate_sizes, ratio_of, region_sizes
 from popmm.config import PopConfig
+from popmm.decode import StaticCaches
 from popmm.experts import ON_MODULE, PrunedExperts, check_switched, dense_experts, switch_off, switch_on
+from popmm.gate import gate_row_bytes
+from popmm.layout import choose_layout, shared_parameters, why_not_in_place
 from popmm.phase import Arguments, Phase, input_shape
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
@@ -103,8 +106,9 @@ class _Attachment:
     switches_experts: bool  # to our implementation of transformers' experts interface
     state: PartitionState
     phase: Phase
+    caches: StaticCaches
     overrides: list[tuple[Any, str, Any]]  # (module, attribute, value to set)
-    hooks: list[tuple[nn.Module, Callable, bool]]  # (module, forward pre-hook, takes kwargs)
+    hooks: list[Callable[[], Any]]  # register a hook each, and return its handle
     replaced: list[tuple[Any, str, Any]] = field(default_factory=list)
     handles: list = field(default_factory=list)
     switched: bool = False
@@ -115,8 +119,8 @@ class _Attachment:
             for module, attribute, value in self.overrides:
                 self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
                 module.__dict__[attribute] = value
-            for module, hook, with_kwargs in self.hooks:
-                self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+            for register in self.hooks:
+                self.handles.append(register())
             if self.switches_experts:
                 switch_on(self.decoder)
                 self.switched = True
@@ -137,6 +141,7 @@ class _Attachment:
                 module.__dict__[attribute] = before
         self.handles, self.replaced = [], []
         self.phase.release()
+        self.caches.release()
 
 
 def _build(
@@ -144,15 +149,19 @@ def _build(
 ) -> _Attachment:
     """Everything that can fail, before anything of the model is touched."""
     ratio = ratio_of(description, config)
-    ffns, left_dense = [], []
+    ffns, left_dense, shared = [], [], shared_parameters(model)
     # a module that several layers share is one FFN
     for site in {site.name: site for site in description.sites()}.values():
         _check_site(site)
         if site.layer in config.skip_layers:
             left_dense.append(site)
         elif not site.shared or config.shared_experts == "prune":
-            sizes = sizes_of(site.weights().d_ff, ratio, config.candidate_fraction)
-            ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config))
+            if config.selection == "gate":
+                sizes = _gate_sizes(site, ratio, config)
+            else:
+                sizes = sizes_of(site.weights().d_ff, ratio, config.candidate_fraction)
+            layout = choose_layout(site, sizes, config, why_not_in_place(site.module, shared))
+            ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layout))
         else:
             left_dense.append(site)
     phase = Phase(ffns)
@@ -167,19 +176,24 @@ def _build(
     overrides: list[tuple[Any, str, Any]] = []
     if hasattr(model, "generate"):
         overrides.append((model, "generate", _exclusive(model.generate, phase)))
+    caches = StaticCaches()
+    if hasattr(model, "_prepare_static_cache"):
+        overrides.append((model, "_prepare_static_cache", caches.wrap(model._prepare_static_cache)))
     if hasattr(model, "_prefill"):
         overrides.append((model, "_prefill", _chunked(model._prefill, phase)))
-    hooks: list[tuple[nn.Module, Callable, bool]] = []
+    hooks: list[Callable[[], Any]] = []
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
     for ffn in ffns:
         ffn.wire(phase)
         if not ffn.site.is_experts:
             overrides.append((ffn.site.module, "forward", ffn.forward))
-            hooks.append((ffn.site.down, ffn.observe, False))
+            hooks.append(functools.partial(ffn.site.down.register_forward_pre_hook, ffn.observe))
+            if ffn.wants_up and ffn.site.up is not None:
+                hooks.append(functools.partial(ffn.site.up.register_forward_hook, ffn.keep_up))
         elif switches_experts:
             overrides.append((ffn.site.module, ON_MODULE, ffn.forward))
         else:
-            hooks.append((ffn.site.module, ffn.observe, True))
+            hooks.append(functools.partial(ffn.site.module.register_forward_pre_hook, ffn.observe, with_kwargs=True))
     if switches_experts:
         experts = [site.module for site in left_dense if site.is_experts]
         overrides += [(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
@@ -191,8 +205,15 @@ def _build(
         raise ValueError(
             f"modality_balance={config.modality_balance}: this {type(model).__name__} reads text alone; leave it None"
         )
-    hooks += [(ffn.down, ffn.prune, False) for ffn in tower]
-    return _Attachment(decoder, switches_experts, state, phase, overrides, hooks)
+    hooks += [functools.partial(ffn.down.register_forward_pre_hook, ffn.prune) for ffn in tower]
+    return _Attachment(decoder, switches_experts, state, phase, caches, overrides, hooks)
+
+
+def _gate_sizes(site: FFNSite, ratio: float, config: PopConfig) -> RegionSizes:
+    weights = site.weights()
+    full = weights.gate.element_size() * weights.d_model
+    cost = gate_row_bytes(weights, config.gate_bits) / full
+    return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost)
 
 
 def _phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable:

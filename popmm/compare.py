@@ -17,8 +17,8 @@ from popmm.config import PopConfig
 from popmm.report import human_bytes
 
 
-class _Clock(BaseStreamer):
-    """Notes when each token came, and hands it on."""
+class Clock(BaseStreamer):
+    """A streamer that notes when each token came, and hands it on."""
 
     def __init__(self, inner: BaseStreamer | None) -> None:
         self.inner, self.times = inner, []
@@ -48,12 +48,17 @@ class Run:
 
 def timed_generate(model, inputs: dict[str, Tensor], streamer: BaseStreamer | None = None, **settings):
     """``(new tokens [n], seconds per decoded token)`` of a generation at batch 1; nan if nothing was decoded."""
-    clock = _Clock(streamer)
+    output, seconds = clocked_generate(model, inputs, streamer, **settings)
+    return output[0, inputs["input_ids"].shape[1] :], seconds
+
+
+def clocked_generate(model, inputs: dict, streamer: BaseStreamer | None = None, **settings):
+    """``(what generate returns, seconds per decoded token)`` at batch 1; nan if nothing was decoded."""
+    clock = Clock(streamer)
     output = model.generate(**inputs, streamer=clock, **settings)
-    new = output[0, inputs["input_ids"].shape[1] :]
     # put is called with the prompt, then with the token that the prompt pass chose, then once per decode step
     steps = clock.times[1:]
-    return new, (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else math.nan
+    return output, (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else math.nan
 
 
 @torch.no_grad()

@@ -12,14 +12,15 @@ from typing import Literal
 DEFAULT_PRUNING_RATIO = 0.4
 
 _CHOICES = {
-    "selection": ("mask", "keep"),
+    "selection": ("mask", "keep", "gate"),
     "fill": ("zero", "mean"),
     "prefill": ("dense", "pruned"),
     "shared_experts": ("dense", "prune"),
-    "layout": ("auto", "copy"),
+    "layout": ("auto", "copy", "permute"),
     "vision": ("dense", "prune"),
 }
-_TO_COME = {"gate_bits": 16, "refresh_every": 0}
+_TO_COME = {"refresh_every": 0}
+DEFAULT_CANDIDATE_FRACTION = 0.1
 _IMPORTANCES = ("wanda", "griffin", "flock", "routed")
 
 
@@ -31,9 +32,11 @@ class PopConfig:
         pruning_ratio: share of a decoder block's linear weights to prune, in [0, 1), turned into an FFN
             ratio per model (paper, table 8). 0.4 unless ``ffn_ratio`` is given.
         ffn_ratio: share of each FFN's channels to prune, in [0, 1); excludes ``pruning_ratio``.
-        candidate_fraction: gamma, the share of an FFN's channels that is re-scored at each decode step.
+        candidate_fraction: gamma, the share of an FFN's channels that is re-scored at each decode step; 0.1
+            unless given. With ``selection="gate"``: share of the gate rows that is read; None = chosen from the bytes.
         selection: ``"mask"``: the best K of retained and candidate channels pass (paper);
-            ``"keep"``: all of them pass.
+            ``"keep"``: all of them pass; ``"gate"``: gate rows first, then up and down rows of the K channels
+            that they predict to weigh most. With ``gate`` the ratio fixes the bytes: ``1 - ffn_ratio`` of the FFN's.
         importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);
             ``"griffin"`` ``|h_i| / ||h||``; ``"flock"`` ``|h_i| * ||W_down[:, i]|| / ||h||``; ``"routed"``
             wanda times the router's weight (experts; elsewhere wanda); or a callable
@@ -47,7 +50,8 @@ class PopConfig:
         shared_experts: ``"dense"`` leaves shared experts alone (paper); ``"prune"`` prunes them too.
         skip_layers: indices of decoder layers left dense; the other layers take over their share.
         layout: where decode reads weights: ``"copy"`` gathers retained and candidate channels into static
-            buffers; ``"auto"`` lets the library choose.
+            buffers; ``"permute"`` reorders the model's own weights in place, which holds none of them twice;
+            ``"auto"``: permute where it is safe and not slower.
         prior_tokens: n0 of ``n / (n + n0)``, by which an expert that saw n prompt tokens blends its scores
             with the prior; 0 = the prior serves only experts that saw no token.
         modality_balance: vision-language models: share of the statistics' weight that text tokens get
@@ -55,20 +59,21 @@ class PopConfig:
             once (paper).
         vision: ``"dense"`` leaves the vision tower alone; ``"prune"`` prunes its FFNs picture by picture by
             the prompt pass's rule (paper, appendix), which saves no time.
-        gate_bits, refresh_every: named for settings to come; this version takes their
-            defaults only, and says so.
+        gate_bits: with ``selection="gate"``: 16 reads the gate rows as they are; 8 or 4 a quantised copy
+            made at attach, for the prediction and as the gate's value.
+        refresh_every: named for a setting to come; this version takes its default only, and says so.
     """
 
     pruning_ratio: float | None = None
     ffn_ratio: float | None = None
-    candidate_fraction: float = 0.1
-    selection: Literal["mask", "keep"] = "mask"
+    candidate_fraction: float | None = None
+    selection: Literal["mask", "keep", "gate"] = "mask"
     importance: str | Callable = "wanda"
     fill: Literal["zero", "mean"] = "zero"
     prefill: Literal["dense", "pruned"] = "dense"
     shared_experts: Literal["dense", "prune"] = "dense"
     skip_layers: tuple[int, ...] = ()
-    layout: Literal["auto", "copy"] = "auto"
+    layout: Literal["auto", "copy", "permute"] = "auto"
     prior_tokens: float = 32.0
     modality_balance: float | None = None
     vision: Literal["dense", "prune"] = "dense"
@@ -86,8 +91,18 @@ class PopConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
-        if not (_is_number(self.candidate_fraction) and 0 <= self.candidate_fraction <= 1):
-            raise ValueError(f"candidate_fraction={self.candidate_fraction!r}: give a number in [0, 1], such as 0.1")
+        if self.candidate_fraction is None and self.selection != "gate":
+            object.__setattr__(self, "candidate_fraction", DEFAULT_CANDIDATE_FRACTION)
+        if self.gate_bits not in (16, 8, 4) or isinstance(self.gate_bits, bool):
+            raise ValueError(f"gate_bits={self.gate_bits!r}: give 16, 8 or 4")
+        if self.gate_bits != 16 and (self.selection != "gate" or self.candidate_fraction is not None):
+            raise ValueError(
+                f"gate_bits={self.gate_bits} reads a quantised copy of all gate rows: give selection='gate' with it, "
+                "and no candidate_fraction"
+            )
+        gamma = self.candidate_fraction
+        if gamma is not None and not (_is_number(gamma) and 0 <= gamma <= 1):
+            raise ValueError(f"candidate_fraction={gamma!r}: give a number in [0, 1], such as 0.1")
         if not (_is_number(self.prior_tokens) and 0 <= self.prior_tokens < math.inf):
             raise ValueError(f"prior_tokens={self.prior_tokens!r}: give a number of tokens, 0 or more")
         balance = self.modality_balance
@@ -120,6 +135,12 @@ class PopConfig:
             changes.setdefault("pruning_ratio", None)
         if changes.get("pruning_ratio") is not None:
             changes.setdefault("ffn_ratio", None)
+        selection = changes.get("selection", self.selection)
+        if selection != self.selection:  # each has its own default
+            if self.candidate_fraction in (None, DEFAULT_CANDIDATE_FRACTION):
+                changes.setdefault("candidate_fraction", None)
+            if selection != "gate":
+                changes.setdefault("gate_bits", 16)
         return dataclasses.replace(self, **changes)
 
 

@@ -63,6 +63,9 @@ METHODS: dict[str, Method] = {
     "prompt mask": Method(lambda c: c.replace(selection="mask", candidate_fraction=0.0)),
     "mask": Method(lambda c: c.replace(selection="mask")),
     "keep": Method(lambda c: c.replace(selection="keep")),
+    "gate": Method(lambda c: c.replace(selection="gate")),
+    "gate, 8 bit": Method(lambda c: c.replace(selection="gate", gate_bits=8)),
+    "gate, 4 bit": Method(lambda c: c.replace(selection="gate", gate_bits=4)),
     "all re-scored": Method(lambda c: c.replace(selection="mask"), _all_candidates),
     "mask, experts share a partition": Method(
         lambda c: c.replace(selection="mask"), experts_importance=_pooled, experts_only=True
@@ -110,14 +113,20 @@ def continuation_logits(model, ids: Tensor, context: int, decode) -> Tensor:
 
 
 def evaluate(
-    model, subsets: list[list[Tensor]], methods: list[str], ratios: list[float], base: PopConfig, context: int
+    model,
+    subsets: list[list[Tensor]],
+    methods: list[str],
+    ratios: list[float],
+    base: PopConfig,
+    context: int,
+    of: str = "pruning_ratio",
 ) -> list[Row]:
     """Rows for every method and ratio, the dense model first.
 
     Args:
         subsets: disjoint subsets of texts, each a list of token id tensors ``[n_tokens]``.
         methods: keys of ``METHODS``.
-        ratios: pruning ratios.
+        ratios: pruning ratios, or FFN ratios if ``of`` is ``"ffn_ratio"``.
         base: settings that the methods change.
         context: how many tokens of each text are the prompt.
     """
@@ -131,7 +140,7 @@ def evaluate(
         for ratio in ratios:
             for name in methods:
                 method = METHODS[name]
-                state = attach_with(model, method.config(base.replace(pruning_ratio=ratio)), method.sizes)
+                state = attach_with(model, method.config(base.replace(**{of: ratio})), method.sizes)
                 try:
                     if method.experts_importance is not None:
                         state.rank_experts_by(method.experts_importance)

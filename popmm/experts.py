@@ -13,7 +13,7 @@ from popmm.adapters import UnsupportedModelError
 from popmm.adapters.dense import TOLERANCE
 from popmm.expert_linear import expert_linear
 from popmm.ffn import FFNWeights
-from popmm.importance import ChannelStatistics, blend_with_prior, measure
+from popmm.importance import ChannelStatistics, blend_with_prior
 from popmm.modality import JointStatistics
 from popmm.phase import Phase
 from popmm.site import PrunedSite
@@ -110,7 +110,7 @@ class PrunedExperts(PrunedSite):
         """A channel's score without a prompt: the product of the norms of the vectors it is made of."""
         w = self.site.weights()
         gate, up = (torch.linalg.vector_norm(rows, dim=-1).float() for rows in (w.gate, w.up))
-        self.prior = gate * up * self.layout.norms
+        self.prior = self.layout.by_channel(gate * up * self.layout.norms)
 
     def refresh(self) -> None:
         before = self.layout.norms
@@ -135,6 +135,8 @@ class PrunedExperts(PrunedSite):
             The output ``[n_tokens, d_model]``, and which channels in reading order passed, bool
             ``[n_tokens * k, |R| + |C|]``; None if all did.
         """
+        if self.config.selection == "gate":
+            return self._decode_gate(x, index, weight)
         w, layout, sizes = self.layout.weights, self.layout, self.sizes
         experts = index.flatten()
         h, passing = self._hidden(x, index, w), None
@@ -150,7 +152,8 @@ class PrunedExperts(PrunedSite):
             if self.trace is not None:
                 self.record(index, None)
         elif self.phase.prompt is not None:
-            self._measure(self._hidden(x, index, self.site.weights()), _natural(index.flatten()), index, weight)
+            h, up = self._hidden_and_up(x, index, self.site.weights())
+            self._measure(h, up, _natural(index.flatten()), index, weight)
 
     def prefill(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Prompt pass: dense, or with the pruned channels of each expert off."""
@@ -159,20 +162,41 @@ class PrunedExperts(PrunedSite):
             return self.dense_forward(x, index, weight)
         pruning = self.config.prefill == "pruned" and not self.sizes.is_dense
 
-        def observe(h: Tensor, rows: Tensor) -> Tensor:
+        def observe(h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
             """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``."""
-            statistics = self._measure(h, rows, index, weight)
+            statistics = self._measure(h, up, rows, index, weight)
             return self._without_pruned(h, index.flatten()[rows], statistics) if pruning else h
 
         if self._rows is not None:
             rows = self._rows(index.flatten())
-            return self._implementation(_Observed(self.site.module, lambda h: observe(h, rows)), x, index, weight)
+
+            def seen(h: Tensor, gate_up: Tensor) -> Tensor:
+                return observe(h, self.site.split(gate_up)[1], rows)
+
+            return self._implementation(_Observed(self.site.module, seen), x, index, weight)
         w = self.site.weights()
-        h = observe(self._hidden(x, index, w), _natural(index.flatten()))
+        h = observe(*self._hidden_and_up(x, index, w), _natural(index.flatten()))
         return _down(h, w, index, weight, x) if pruning else self.dense_forward(x, index, weight)
 
     def importance(self, statistics: ChannelStatistics) -> Tensor:
         return blend_with_prior(statistics, self.prior.to(statistics.squares.device), self.config.prior_tokens)
+
+    def up_rms(self, pooled: ChannelStatistics) -> Tensor:
+        """As importance: an expert that read few tokens leans on the norms of its up rows."""
+        prior = torch.linalg.vector_norm(self.site.weights().up, dim=-1).float()
+        squares = ChannelStatistics(pooled.up_squares, pooled.total, pooled.tokens)
+        return blend_with_prior(squares, prior.to(pooled.squares.device), self.config.prior_tokens)
+
+    def _decode_gate(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        experts, combine = index.flatten(), self.site.combine
+        pairs = x.repeat_interleave(index.shape[-1], dim=0)
+        if self.gathers(len(x)):
+            y, places = self.layout.decode(pairs, combine, experts)
+            passing = self.marked(places) if self.trace is not None else None
+        else:
+            mask = self.phase.simulating
+            y, passing = self.layout.decode_all(pairs, combine, self.site.weights(), mask, experts)
+        return _mix(y, weight, x), passing
 
     def release(self) -> None:
         super().release()
@@ -182,7 +206,7 @@ class PrunedExperts(PrunedSite):
         """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""
         batch, n_tokens = self.phase.shape
         experts = index.flatten()
-        order = self.partition.reading_order.to(index.device)[experts]
+        order = self.layout_order().to(index.device)[experts]
         if passing is None:
             passing = torch.ones_like(order, dtype=torch.bool)
         pairs = torch.zeros(len(experts), self.sizes.d_ff, dtype=torch.bool, device=index.device)
@@ -196,33 +220,41 @@ class PrunedExperts(PrunedSite):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _measure(self, h: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
+    def _measure(self, h: Tensor, up: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
         prompt = self.phase.prompt
         self.refresh()
         # a router may send a token that skips its experts to some expert with weight zero
-        h, experts, factor = h.detach(), index.detach().flatten()[rows], weight.detach().flatten()[rows]
+        h, up = h.detach(), up.detach() if self.wants_up else None
+        experts, factor = index.detach().flatten()[rows], weight.detach().flatten()[rows]
         read = {}
         for modality, tokens in prompt.groups.items():
             own = factor != 0
             if tokens is not None:
                 own &= tokens.to(h.device)[rows // index.shape[-1]]
             weights = factor[own] if self.config.importance == "routed" else None
-            read[modality] = measure(h[own], self.score, self.layout.norms, weights, experts[own])
+            read[modality] = self.measured(
+                h[own], weight=weights, experts=experts[own], up=None if up is None else up[own]
+            )
         return self.add(prompt, JointStatistics(read))
 
     def _without_pruned(self, h: Tensor, experts: Tensor, statistics: JointStatistics) -> Tensor:
-        pruned = self.split(statistics).pruned[experts]
+        pruned = self.split(statistics).pruned
+        places = self.layout.positions(pruned)[experts]
         if self.config.fill == "mean":
-            mean = self.pooled(statistics).mean[experts]
-            return h.scatter(1, pruned, mean.gather(1, pruned).to(h.dtype))
-        return h.scatter(1, pruned, 0.0)
+            mean = self.pooled(statistics).mean.gather(1, pruned)[experts]
+            return h.scatter(1, places, mean.to(h.dtype))
+        return h.scatter(1, places, 0.0)
 
     def _hidden(self, x: Tensor, index: Tensor, w: FFNWeights) -> Tensor:
         """h of all (token, choice) pairs ``[n_tokens * k, d_ff]``, in natural order."""
+        return self._hidden_and_up(x, index, w)[0]
+
+    def _hidden_and_up(self, x: Tensor, index: Tensor, w: FFNWeights) -> tuple[Tensor, Tensor]:
         experts = index.flatten()
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
         gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
-        return self.site.combine(gate, expert_linear(pairs, w.up, experts, w.up_bias))
+        up = expert_linear(pairs, w.up, experts, w.up_bias)
+        return self.site.combine(gate, up), up
 
     @torch.no_grad()
     def _probe(self) -> Callable[[Tensor], Tensor] | None:
@@ -244,7 +276,7 @@ class PrunedExperts(PrunedSite):
         ours = _down(h, w, index, weight, x)
         seen: list[Tensor] = []
 
-        def keep(rows: Tensor) -> Tensor:
+        def keep(rows: Tensor, gate_up: Tensor) -> Tensor:
             seen.append(rows)
             return rows
 
@@ -262,7 +294,7 @@ class PrunedExperts(PrunedSite):
 
 
 class _Observed:
-    """An experts module whose ``_apply_gate`` hands h to an observer and goes on with what it returns."""
+    """An experts module whose ``_apply_gate`` hands h and its input to an observer and goes on with what it returns."""
 
     def __init__(self, module: nn.Module, observe: Callable[[Tensor], Tensor]) -> None:
         self._module, self._observe = module, observe
@@ -271,7 +303,7 @@ class _Observed:
         return getattr(self._module, name)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        return self._observe(self._module._apply_gate(gate_up))
+        return self._observe(self._module._apply_gate(gate_up), gate_up)
 
 
 # row orders of h, as the (token, choice) pair behind each row, from flat expert numbers
@@ -285,7 +317,11 @@ def _by_expert(experts: Tensor) -> Tensor:
 
 def _down(h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """Down projection of h ``[n_tokens * k, n]``, summed over a token's experts by router weight, in x's dtype."""
-    y = expert_linear(h, w.down, index.flatten(), w.down_bias)
+    return _mix(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
+
+
+def _mix(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Outputs of all (token, choice) pairs, summed over a token's experts by router weight, in x's dtype."""
     mixed = (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1)
     return mixed.to(x.dtype)
 

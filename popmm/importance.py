@@ -64,18 +64,25 @@ class ChannelStatistics:
     squares: Tensor  # [(E,) d_ff], sum of squared token scores
     total: Tensor  # [(E,) d_ff], sum of h
     tokens: Tensor  # int64 [] or [E]
+    up_squares: Tensor | None = None  # [(E,) d_ff], sum of squares of the up projection, where it is wanted
 
     def __add__(self, other: ChannelStatistics) -> ChannelStatistics:
         return ChannelStatistics(
             self.squares + other.squares.to(self.squares.device),
             self.total + other.total.to(self.total.device),
             self.tokens + other.tokens.to(self.tokens.device),
+            None if self.up_squares is None else self.up_squares + other.up_squares.to(self.up_squares.device),
         )
 
     @property
     def importance(self) -> Tensor:
         """Importance of each channel, float32 ``[(E,) d_ff]``."""
         return self.squares.sqrt().float()
+
+    @property
+    def up_rms(self) -> Tensor:
+        """Root mean square of the up projection, float32 ``[(E,) d_ff]``; zero where no token was read."""
+        return (self.up_squares / self.tokens.clamp(min=1).unsqueeze(-1)).sqrt().float()
 
     @property
     def mean(self) -> Tensor:
@@ -89,6 +96,7 @@ def measure(
     down_norm: Tensor,
     weight: Tensor | None = None,
     experts: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> ChannelStatistics:
     """Statistics of the tokens in h.
 
@@ -98,11 +106,13 @@ def measure(
         down_norm: ``||W_down[:, i]||``, float32 ``[d_ff]``, or ``[n_experts, d_ff]`` with ``experts``.
         weight: factor on each token's score, ``[n_tokens]``; None = 1.
         experts: the expert that each row of h belongs to, int64 ``[n_tokens]``; None = a plain FFN.
+        up: outputs of the up projection ``[n_tokens, d_ff]``, where their squares are wanted too.
     """
     accumulate = torch.float32 if h.device.type == "mps" else torch.float64
     n_tokens, d_ff = h.shape
     squares = torch.zeros(down_norm.shape, dtype=accumulate, device=h.device)
     total = torch.zeros_like(squares)
+    up_squares = None if up is None else torch.zeros_like(squares)
     n_rows = max(1, CHUNK_ELEMENTS // max(d_ff, 1))
     for start in range(0, n_tokens, n_rows):
         rows = slice(start, start + n_rows)
@@ -114,14 +124,18 @@ def measure(
         if experts is None:
             squares += scores.sum(0, dtype=accumulate)
             total += part.sum(0, dtype=accumulate)
+            if up is not None:
+                up_squares += up[rows].float().square().sum(0, dtype=accumulate)
         else:
             squares.index_add_(0, experts[rows], scores.to(accumulate))
             total.index_add_(0, experts[rows], part.to(accumulate))
+            if up is not None:
+                up_squares.index_add_(0, experts[rows], up[rows].float().square().to(accumulate))
     if experts is None:
         tokens = torch.tensor(n_tokens, device=h.device)
     else:
         tokens = torch.bincount(experts, minlength=len(down_norm))
-    return ChannelStatistics(squares, total, tokens)
+    return ChannelStatistics(squares, total, tokens, up_squares)
 
 
 def blend_with_prior(statistics: ChannelStatistics, prior: Tensor, prior_tokens: float) -> Tensor:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from popmm.budget import RegionSizes
 from popmm.ffn import FFNWeights, down_norm
+from popmm.gate import GateLayout
 from popmm.partition import FFNPartition
+from popmm.permute import PermuteLayout
+
+if TYPE_CHECKING:
+    from popmm.adapters import FFNSite
+    from popmm.config import PopConfig
 
 
 class CopyLayout:
@@ -27,6 +35,7 @@ class CopyLayout:
         self.down_norm: Tensor | None = None  # float32 [(E,) |R| + |C|]
         self.mean: Tensor | None = None  # [(E,) |R| + |C|], with fill="mean"
         self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels
+        self._order: Tensor | None = None
         self._source: tuple | None = None
 
     def allocate(self, source: FFNWeights) -> None:
@@ -73,6 +82,7 @@ class CopyLayout:
             mean: prompt mean of every channel, float32 ``[(E,) d_ff]``; needed with ``fill="mean"``.
         """
         order, mine = partition.reading_order, self.weights
+        self._order = order
         with torch.inference_mode(False), torch.no_grad():
             order = order.clone()
             for own, theirs in ((mine.gate, source.gate), (mine.up, source.up)):
@@ -88,6 +98,19 @@ class CopyLayout:
                 pruned = torch.zeros_like(mean).scatter_(-1, partition.pruned.clone(), 1.0) * mean
                 constant = (source.down @ pruned.to(source.down.dtype).unsqueeze(-1)).squeeze(-1)
                 mine.down_bias.copy_(constant if source.down_bias is None else constant + source.down_bias)
+
+    @property
+    def reading_order(self) -> Tensor:
+        """Channels in the order in which decode reads them, int64 ``[(E,) |R| + |C|]``."""
+        return self._order
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Values ``[(E,) d_ff]`` of h as it lies, in the model's own channel numbers: here the same."""
+        return values
+
+    def positions(self, channels: Tensor) -> Tensor:
+        """Where channels lie: here in their own places."""
+        return channels
 
     def release(self) -> None:
         """Drops the buffers."""
@@ -117,3 +140,53 @@ def _gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
         return
     for expert, row in enumerate(index):
         _gather(source[expert], row, dim, out[expert])
+
+
+Layout = CopyLayout | PermuteLayout | GateLayout
+
+
+def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place: str) -> Layout:
+    """The layout that a config asks for; ``auto`` takes the measured faster one of those that are safe.
+
+    Args:
+        in_place: why this site's weights cannot be reordered in place; empty if they can.
+
+    Raises:
+        ValueError: ``layout="permute"`` where it is not safe; says why.
+    """
+    fill_mean = config.fill == "mean"
+    weight = site.weights().down
+    if config.layout == "permute" and in_place:
+        raise ValueError(f"layout='permute': {site.name} {in_place}; give layout='copy' or 'auto'")
+    # on the CPU products read column slices at less bandwidth, 16-bit ones at half
+    slow = weight.device.type == "cpu"
+    copied = config.layout == "copy" or (config.layout == "auto" and (in_place != "" or slow))
+    if config.selection == "gate":
+        return GateLayout(sizes, fill_mean, config.gate_bits, not copied)
+    if copied:
+        return CopyLayout(sizes, fill_mean)
+    return PermuteLayout(sizes, fill_mean, site.module, site.weights)
+
+
+def why_not_in_place(module: nn.Module, shared: set[int]) -> str:
+    """Why a module's weights cannot be reordered in place, empty if they can.
+
+    Args:
+        shared: ids of parameters that several modules of the model hold.
+    """
+    for name, parameter in module.named_parameters():
+        if id(parameter) in shared:
+            return f"shares {name} with another module"
+        if parameter.is_inference():
+            return f"was loaded in inference mode, so {name} cannot be written"
+        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
+            return f"keeps {name} as {type(parameter).__name__}"
+        if parameter.data.untyped_storage().nbytes() < parameter.numel() * parameter.element_size():
+            return f"keeps {name} in overlapping memory"
+    return ""
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of parameters that stand in several places of a model (tied weights)."""
+    seen: set[int] = set()
+    return {id(p) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in seen or seen.add(id(p))}

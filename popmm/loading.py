@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from popmm import zoo
 
@@ -14,7 +14,7 @@ ZOO_PREFIX = "zoo:"
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None):
-    """``(model, tokenizer)``, the model in eval mode.
+    """``(model, tokenizer)``, of vision-language models ``(model, processor)``; the model in eval mode.
 
     Args:
         name: ``zoo:stories``, a folder, or a hub id.
@@ -28,15 +28,23 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
         return model.to(device), tokenizer
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"--model {name}: there is no such folder")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device).eval()
-    return model, tokenizer
+    model_class, processor_class = auto_classes(AutoConfig.from_pretrained(name))
+    processor = processor_class.from_pretrained(name)
+    return model_class.from_pretrained(name, dtype=torch_dtype).to(device).eval(), processor
+
+
+def auto_classes(config):
+    """(model class, processor class) that load a configuration's model: with pictures, if it reads any."""
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText, AutoProcessor
+    return AutoModelForCausalLM, AutoTokenizer
 
 
 def encode(tokenizer, prompt: str, device, chat: bool = False) -> dict[str, torch.Tensor]:
     """A prompt as ``generate`` takes it, with the tokenizer's chat template if ``chat``."""
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one word")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("this tokenizer has no chat template: leave --chat out")

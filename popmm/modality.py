@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +48,23 @@ class JointStatistics:
             return pooled
         n_text = self.by_modality[TEXT].tokens.sum()
         n_other = pooled.tokens.sum().to(n_text.device) - n_text
-        squares, weight = torch.zeros_like(pooled.squares), torch.zeros_like(pooled.squares[..., 0])
-        for name, part in self.by_modality.items():
-            share, n = (text_share, n_text) if name == TEXT else (1 - text_share, n_other)
-            per_token = (share / n.clamp(min=1)).to(squares)
-            squares += per_token * part.squares.to(squares.device)
-            weight += per_token * part.tokens.to(squares.device)
-        # the weighted mean over tokens, times their number: as if each token had weighed its share
-        mean = squares / torch.where(weight > 0, weight, torch.ones_like(weight)).unsqueeze(-1)
-        return ChannelStatistics(mean * pooled.tokens.unsqueeze(-1), pooled.total, pooled.tokens)
+        weights = {
+            name: (text_share / n_text.clamp(min=1) if name == TEXT else (1 - text_share) / n_other.clamp(min=1))
+            for name in self.by_modality
+        }
+
+        def weighted(read: Callable[[ChannelStatistics], Tensor]) -> Tensor:
+            """The weighted mean over tokens, times their number: as if each token had weighed its share."""
+            total, weight = torch.zeros_like(pooled.squares), torch.zeros_like(pooled.squares[..., 0])
+            for name, part in self.by_modality.items():
+                per_token = weights[name].to(total)
+                total += per_token * read(part).to(total.device)
+                weight += per_token * part.tokens.to(total.device)
+            mean = total / torch.where(weight > 0, weight, torch.ones_like(weight)).unsqueeze(-1)
+            return mean * pooled.tokens.unsqueeze(-1)
+
+        up_squares = None if pooled.up_squares is None else weighted(lambda part: part.up_squares)
+        return ChannelStatistics(weighted(lambda part: part.squares), pooled.total, pooled.tokens, up_squares)
 
 
 def token_groups(counted: Tensor | None, modalities: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:

@@ -130,7 +130,7 @@ class Phase:
         self.prompt: PromptPass | None = None
         self.shape = (0, 0)
         self.in_prompt = False
-        self._simulating = False
+        self.simulating = False
         self._read_modalities: Callable[[], dict[str, Tensor]] | None = None
         self._ffns = ffns
         self._owner = object()
@@ -175,7 +175,7 @@ class Phase:
             shape = input_shape(arguments)
             if 0 in shape:
                 raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
-            if self._simulating:
+            if self.simulating:
                 return self._decode(forward, args, kwargs, shape, cache)
             known = self._sequence_of(cache)
             if shape[1] == 1 and not self.in_prompt and has_past(cache, known) and self._can_decode(known):
@@ -227,11 +227,11 @@ class Phase:
         with self.exclusive("simulated decode"):
             if not self.ready:
                 raise RuntimeError("simulated decode needs a partition: run a prompt through the model first")
-            self._simulating = True
+            self.simulating = True
             try:
                 yield
             finally:
-                self._simulating = False
+                self.simulating = False
 
     def repartition(self) -> None:
         """Partitions all FFNs anew from the statistics at hand."""

@@ -114,3 +114,52 @@ def experts_figure(first: Mapping[str, FFNPartition], second: Mapping[str, FFNPa
     axes[0, 2].set_title("retained channels shared between\nthe two prompts (dotted: chance)", fontsize=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def modalities_figure(layers: Mapping[str, Mapping[str, FFNPartition]], file: Path) -> None:
+    """Writes a PNG: per FFN, the share of retained channels that partitions from different tokens agree on.
+
+    Args:
+        layers: FFN partitions by what they were made from: ``"text"``, ``"image"`` and ``"both"``.
+    """
+    plt = pyplot()
+    names = list(layers["both"])
+    pairs = [("image", "text", "#7f7f7f"), ("image", "both", "#e07b39"), ("text", "both", RETAINED)]
+    figure, axis = plt.subplots(figsize=(max(7, 1.5 + 0.45 * len(names)), 4), layout="constrained")
+    width = 0.8 / len(pairs)
+    for i, (a, b, colour) in enumerate(pairs):
+        heights = [_mean_overlap(layers[a][name], layers[b][name]) for name in names]
+        places = [j + (i - 1) * width for j in range(len(names))]
+        axis.bar(places, heights, width, color=colour, label=f"{a} alone and {b}" if b != "text" else f"{a} and {b}")
+    chance = [layers["both"][name].sizes.retained / layers["both"][name].d_ff for name in names]
+    axis.plot(range(len(names)), chance, color="black", lw=0.8, ls=":", label="chance")
+    labels = [name.split("layers.")[-1].removesuffix(".mlp") for name in names]
+    axis.set_xticks(range(len(names)), labels, fontsize=8, rotation=90 if len(names) > 16 else 0)
+    axis.set(ylim=(0, 1), xlabel="FFN", ylabel="share of retained channels in common")
+    axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _mean_overlap(a: FFNPartition, b: FFNPartition) -> float:
+    """Overlap of the retained channels, over experts on average."""
+    if not a.tokens.ndim:
+        return overlap(a.retained, b.retained)
+    return sum(overlap(x, y) for x, y in zip(a.retained, b.retained)) / len(a.retained)
+
+
+def bench_figure(rows: list, title: str, file: Path) -> None:
+    """Writes a PNG: speed-up of each pruned row against the share of the bytes it reads."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    dense = max(row.total_bytes for row in rows)
+    for name in dict.fromkeys(row.row.split()[0] for row in rows):
+        own = [row for row in rows if row.row.split()[0] == name]
+        axis.plot([row.total_bytes / dense for row in own], [row.speed_up for row in own], "o-", label=name)
+    shares = [0.4 + 0.006 * i for i in range(101)]
+    axis.plot(shares, [1 / share for share in shares], color="black", lw=0.8, ls=":", label="as the bytes")
+    axis.set(xlabel="bytes read per token, share of dense", ylabel="speed-up against the baseline", title=title)
+    axis.invert_xaxis()
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

@@ -56,10 +56,18 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     c = state.config
     importance = c.importance if isinstance(c.importance, str) else "callable"
     status = f"partitioned from {prompt_tokens(state)}" if state.ready else "waiting for a prompt"
+    how = f"selection={c.selection}"
+    if c.selection == "gate" and not ffns[0].sizes.is_dense:
+        most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)
+        how += f" gate_bits={c.gate_bits} (batches above {most} read all rows of C: each token's own would be more)"
+    how = f"selection={c.selection}"
+    if c.selection == "gate" and not ffns[0].sizes.is_dense:
+        most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)
+        how += f" gate_bits={c.gate_bits} (batches above {most} read all of C: each token's own rows would be more)"
     lines = [
         to_text(table),
         f"FFN weights read per token: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
-        f"selection={c.selection} importance={importance} fill={c.fill} prefill={c.prefill} "
+        f"{how} importance={importance} fill={c.fill} prefill={c.prefill} "
         f"layout={ffns[0].layout.name}"
         f" (+{human_bytes(state.buffer_bytes())}); {status}",
     ]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from popmm import ffn as arithmetic
 from popmm.budget import RegionSizes
+from popmm.gate import gate_row_bytes
 from popmm.importance import ChannelStatistics, measure, token_score
-from popmm.layout import CopyLayout
+from popmm.layout import Layout
 from popmm.modality import JointStatistics
 from popmm.partition import FFNPartition, split
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class PrunedSite:
     """What FFNs and experts under POP have in common: a partition, a layout, a trace."""
 
-    def __init__(self, site: FFNSite, sizes: RegionSizes, config: PopConfig) -> None:
+    def __init__(self, site: FFNSite, sizes: RegionSizes, config: PopConfig, layout: Layout) -> None:
         self.name = site.name
         self.site = site
         self.sizes = sizes
@@ -33,7 +34,8 @@ class PrunedSite:
         self.score = token_score(config.importance)
         self.partition: FFNPartition | None = None
         self.trace: Trace | None = None
-        self.layout = CopyLayout(sizes, fill_mean=config.fill == "mean")
+        self.only_modality: str | None = None  # whose statistics alone count, for baselines
+        self.layout = layout
         self.layout.allocate(site.weights())
 
     def refresh(self) -> None:
@@ -42,11 +44,42 @@ class PrunedSite:
         if not self.layout.fits(source):
             self.layout.allocate(source)
 
+    @property
+    def wants_up(self) -> bool:
+        """Whether the prompt pass must measure the up projection too."""
+        return self.config.selection == "gate" and not self.sizes.is_dense
+
+    def measured(self, h: Tensor, **how) -> ChannelStatistics:
+        """``measure`` of h as it lies, in the model's own channel numbers."""
+        found = measure(h, self.score, self.layout.norms, **how)
+        by_channel = self.layout.by_channel
+        return ChannelStatistics(by_channel(found.squares), by_channel(found.total), found.tokens, found.up_squares)
+
+    def up_rms(self, pooled: ChannelStatistics) -> Tensor:
+        """Root mean square of the up projection over the prompt, float32 ``[(E,) d_ff]``."""
+        return pooled.up_rms
+
+    def marked(self, index: Tensor) -> Tensor:
+        """Places in reading order ``[n, K]`` as a mask, bool ``[n, |R| + |C|]``."""
+        none = torch.zeros(len(index), self.sizes.read, dtype=torch.bool, device=index.device)
+        return none.scatter_(1, index, True)
+
+    def gathers(self, n_tokens: int) -> bool:
+        """Whether ``gate`` reads each token's own rows: in small batches, where that is less than all of U."""
+        return not self.phase.simulating and n_tokens * self.sizes.budget <= self.sizes.read
+
+    def layout_order(self) -> Tensor:
+        """Channels in the order of h at decode, int64 ``[(E,) n]``; all of them if the FFN is left dense."""
+        return self.partition.reading_order if self.sizes.is_dense else self.layout.reading_order
+
     def importance(self, statistics: ChannelStatistics) -> Tensor:
         """Importance that the partition ranks by, float32 ``[(E,) d_ff]``."""
         return statistics.importance
 
     def pooled(self, statistics: JointStatistics) -> ChannelStatistics:
+        """Statistics that the partition is made from, over all modalities."""
+        if self.only_modality in statistics.by_modality:
+            return statistics.by_modality[self.only_modality]
         return statistics.pooled(self.config.modality_balance)
 
     def split(self, statistics: JointStatistics) -> FFNPartition:
@@ -65,7 +98,9 @@ class PrunedSite:
             if self.sizes.is_dense:
                 return
             self.refresh()
-            self.layout.write(self.site.weights(), self.partition, self.pooled(statistics).mean)
+            pooled = self.pooled(statistics)
+            prompt = (pooled.mean, self.up_rms(pooled)) if self.wants_up else (pooled.mean,)
+            self.layout.write(self.site.weights(), self.partition, *prompt)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
@@ -76,11 +111,15 @@ class PrunedSite:
         """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``.
 
         The mask selection needs the down columns of the K channels that pass only:
-        ``(2 (|R| + |C|) + K) / 3`` channels.
+        ``(2 (|R| + |C|) + K) / 3`` channels; gate the gate rows of |R| + |C|, up and down of K.
         """
-        s = self.sizes
-        channels = (2 * s.read + s.budget) / 3 if self.config.selection == "mask" else s.read
+        s, weights = self.sizes, self.site.weights()
         dense = self.site.active_bytes()
+        if self.wants_up:
+            gates = s.read * gate_row_bytes(weights, self.config.gate_bits)
+            rest = s.budget * weights.bytes_per_channel() * 2 / 3
+            return (gates + rest) * self.site.active_channels() / s.d_ff, dense
+        channels = (2 * s.read + s.budget) / 3 if self.config.selection == "mask" else s.read
         return channels * (dense // s.d_ff), dense
 
 
@@ -91,15 +130,39 @@ class PrunedFFN(PrunedSite):
         """Remembers whom to ask for the phase, and the module's own forward."""
         self.phase = phase
         self.dense_forward = self.site.module.forward
+        self._x: Tensor | None = None  # input and up projection of the prompt pass in progress
+        self._up: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the module's forward: dense at prefill, pruned at decode."""
         if not self.phase.decoding:
-            return self.dense_forward(x)
+            return self.read(x) if self.wants_up else self.dense_forward(x)
         y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
         if self.trace is not None:
             self.record(x, passing)
         return y
+
+    def read(self, x: Tensor) -> Tensor:
+        """Prompt pass of ``gate``, which measures the up projection."""
+        try:
+            self._x = x
+            return self.dense_forward(x)
+        finally:
+            self._x = self._up = None
+
+    def keep_up(self, module: torch.nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of an up projection that is a layer by itself."""
+        if self._x is not None:
+            self._up = output.detach()
+
+    def _decode_gate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows, layout, combine = x.flatten(0, -2), self.layout, self.site.combine
+        if self.gathers(len(rows)):
+            y, index = layout.decode(rows, combine)
+            passing = self.marked(index) if self.trace is not None else None
+        else:
+            y, passing = layout.decode_all(rows, combine, self.site.weights(), mask=self.phase.simulating)
+        return y.view(x.shape), passing
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pruned FFN of tokens x ``[..., d_model]``.
@@ -108,6 +171,8 @@ class PrunedFFN(PrunedSite):
             The output ``[..., d_model]``, and which of the channels in reading order passed, bool
             ``[..., |R| + |C|]``; None if all did.
         """
+        if self.config.selection == "gate":
+            return self._decode_gate(x)
         layout, sizes = self.layout, self.sizes
         h, passing = arithmetic.hidden(x, layout.weights, self.site.combine), None
         if self.config.selection == "mask":
@@ -123,23 +188,31 @@ class PrunedFFN(PrunedSite):
         (h,) = args
         self.refresh()
         with torch.inference_mode(False), torch.no_grad():
-            flat = h.detach().flatten(0, -2)
+            flat, up = h.detach().flatten(0, -2), None
+            if self.wants_up:
+                up = self._up if self._up is not None else self._recompute_up()
+                up = up.flatten(0, -2)
             read = {}
             for modality, rows in prompt.groups.items():
-                own = flat if rows is None else flat[rows.to(h.device)]
-                read[modality] = measure(own, self.score, self.layout.norms)
+                own = slice(None) if rows is None else rows.to(h.device)
+                read[modality] = self.measured(flat[own], up=None if up is None else up[own])
             statistics = self.add(prompt, JointStatistics(read))
         if self.config.prefill == "dense" or self.sizes.is_dense:
             return None
         pruned = self.split(statistics).pruned
         h = h.clone()
-        h[..., pruned] = self.pooled(statistics).mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
+        mean = self.pooled(statistics).mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
+        h[..., self.layout.positions(pruned)] = mean
         return (h,)
+
+    def _recompute_up(self) -> Tensor:
+        weights = self.site.weights()
+        return F.linear(self._x.detach(), weights.up, weights.up_bias)
 
     def record(self, x: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels that passed, in the model's own numbers."""
         batch, n_tokens = self.phase.shape
         full = torch.zeros(batch * n_tokens, self.sizes.d_ff, dtype=torch.bool, device=x.device)
-        order = self.partition.reading_order.to(x.device)
+        order = self.layout_order().to(x.device)
         full[:, order] = True if passing is None else passing.reshape(batch * n_tokens, -1)
         self.trace.add(self.name, full.view(batch, n_tokens, -1).transpose(0, 1))

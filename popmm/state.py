@@ -128,6 +128,15 @@ class PartitionState:
             if ffn.site.is_experts:
                 ffn.importance = importance
 
+    def rank_by_modality(self, name: str | None) -> None:
+        """Makes partitions from the tokens of one modality alone (for baselines); None = all of them."""
+        for ffn in self._ffns:
+            ffn.only_modality = name
+
+    def repartition(self) -> None:
+        """Makes all partitions anew from the statistics at hand."""
+        self._phase.repartition()
+
     def simulated_decode(self):
         """Context in which passes of several tokens are decode: each token is pruned as if it came alone.
 

@@ -31,7 +31,9 @@ def untouched(model):
         ({"skip_layers": (-1,)}, r"skip_layers=\(-1,\): give layer indices counted from 0"),
         ({"skip_layers": 3}, r"skip_layers=3: give layer indices"),
         ({"refresh_every": 8}, r"refresh_every=8: this version takes only refresh_every=0"),
-        ({"selection": "gate"}, r"selection='gate': give one of 'mask', 'keep'"),
+        ({"gate_bits": 4}, r"gate_bits=4 reads a quantised copy of all gate rows: give selection='gate'"),
+        ({"gate_bits": 2}, r"gate_bits=2: give 16, 8 or 4"),
+        ({"selection": "gate", "gate_bits": 8, "candidate_fraction": 0.5}, r"gate_bits=8 .* no candidate_fraction"),
         ({"prior_tokens": -1}, r"prior_tokens=-1: give a number of tokens"),
     ],
 )

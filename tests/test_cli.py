@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from popmm.cli import main
+from popmm.evaluate import METHODS
 
 SHORT = ["--max-new-tokens", "8"]
 
@@ -57,7 +58,7 @@ def test_eval_prints_a_table_and_writes_json(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| mask | 20% |" in out and "4 texts in 2 disjoint subsets" in out
     rows = json.loads(result.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["dense", "random", "prompt mask", "mask", "keep", "all re-scored"]
+    assert [row["method"] for row in rows] == ["dense", *list(METHODS)[:8]]
 
 
 def test_eval_without_a_text_uses_the_models_own_samples(capsys):

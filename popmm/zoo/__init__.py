@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import logging
 
 _ROOM = Path(__file__).parent
@@ -33,12 +33,20 @@ def load(name: str, dtype: torch.dtype = torch.float32):
         dtype: of the weights (stored as float16).
 
     Returns:
-        ``(model, tokenizer)``, the model in eval mode on the CPU.
+        ``(model, tokenizer)``, of ``"shapes"`` ``(model, processor)``; the model in eval mode on the CPU.
     """
+    from popmm.loading import auto_classes
+
     folder = path(name)
+    model_class, processor_class = auto_classes(AutoConfig.from_pretrained(folder))
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+        model = model_class.from_pretrained(folder, dtype=dtype).eval()
+    return model, processor_class.from_pretrained(folder)
+
+
+def picture() -> Path:
+    """The bundled picture of coloured shapes, for questions to ``"shapes"``."""
+    return _ROOM / "shapes" / "picture.png"
 
 
 @contextmanager

@@ -78,13 +78,18 @@ def random_scene(generator: random.Random, least: int = 2, most: int = 7) -> Sce
     return Scene(tuple(things), generator.choice(BACKGROUNDS), generator.randrange(1 << 30))
 
 
+def bundled_scene() -> Scene:
+    """What the bundled picture shows (``popmm.zoo.picture()``)."""
+    return random_scene(random.Random(7), least=5, most=5)
+
+
 def draw(scene: Scene) -> Image.Image:
     """The picture, ``SIZE`` x ``SIZE`` RGB."""
     generator = random.Random(scene.drawing)
     image = Image.new("RGB", (SIZE * _FINE, SIZE * _FINE), scene.background)
     canvas = ImageDraw.Draw(image)
     for thing in scene.things:
-        radius = generator.uniform(0.3, 0.42) * CELL * _FINE
+        radius = generator.uniform(0.4, 0.46) * CELL * _FINE
         room = CELL * _FINE / 2 - radius
         x = (thing.column + 0.5) * CELL * _FINE + generator.uniform(-room, room)
         y = (thing.row + 0.5) * CELL * _FINE + generator.uniform(-room, room)

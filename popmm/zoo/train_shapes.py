@@ -31,6 +31,10 @@ from transformers import (
 from popmm.zoo import shapes
 
 FIRST_TRAINING_SEED = 1_000_000
+MOST = 7  # shapes in a picture
+# backgrounds come out near zero, so that shapes stand out from the first step on
+MEAN, STD = [0.92] * 3, [0.3] * 3
+INIT = 0.08  # at transformers' 0.02 a model so narrow learns to look at pictures very late
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # as in Qwen2-VL, without its system message
@@ -45,15 +49,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def conversation(seed: int, n_questions: int) -> tuple[list[dict], shapes.Scene | None]:
-    """Messages of a conversation about one picture, whose image part is a placeholder."""
+def conversation(
+    seed: int, n_questions: int, most: int = MOST, short: float = 0.0
+) -> tuple[list[dict], shapes.Scene | None]:
+    """Messages of a conversation about one picture, whose image part is a placeholder.
+
+    Later answers may be read off earlier ones, so few questions teach more. Descriptions are long:
+    ``short`` is the share of conversations that ask for one last.
+    """
     generator = random.Random(seed)
     if generator.random() < 0.03:
         question, answer = shapes.GREETING
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None
-    scene = shapes.random_scene(generator)
+    scene = shapes.random_scene(generator, least=min(2, most), most=most)
     messages = []
-    for i, question in enumerate(shapes.questions(scene, generator)[:n_questions]):
+    asked = shapes.questions(scene, generator)
+    if generator.random() < short:
+        asked.sort(key=lambda question: question.kind == "describe")
+    for i, question in enumerate(asked[:n_questions]):
         text = {"type": "text", "text": question.text}
         messages.append({"role": "user", "content": [{"type": "image"}, text] if i == 0 else [text]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
@@ -90,9 +103,9 @@ def build_processor(vocab_size: int) -> Qwen2VLProcessor:
     )
     pixels = {"shortest_edge": shapes.SIZE**2, "longest_edge": shapes.SIZE**2}
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels),
+        image_processor=Qwen2VLImageProcessor(size=pixels, image_mean=MEAN, image_std=STD),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixels),
+        video_processor=Qwen2VLVideoProcessor(size=pixels, image_mean=MEAN, image_std=STD),
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -103,20 +116,30 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=len(tokenizer),
+        initializer_range=INIT,
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        # a small theta, so that neighbouring cells differ in the slow frequencies that hold columns
-        rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
+        # so that neighbouring cells differ: columns have the slow frequencies
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 5, 9]},
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    vision = dict(depth=3, embed_dim=96, hidden_size=128, num_heads=4, mlp_ratio=4, patch_size=14, spatial_merge_size=2)
+    vision = dict(
+        depth=3,
+        embed_dim=96,
+        hidden_size=128,
+        num_heads=4,
+        mlp_ratio=4,
+        patch_size=14,
+        spatial_merge_size=2,
+        initializer_range=INIT,
+    )
     config = Qwen2VLConfig(
         text_config=text,
         vision_config=vision,
@@ -129,9 +152,9 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
     return Qwen2VLForConditionalGeneration(config)
 
 
-def make_batch(processor, first_seed: int, batch_size: int, n_questions: int) -> dict[str, torch.Tensor]:
+def make_batch(processor, first_seed: int, batch_size: int, **how) -> dict[str, torch.Tensor]:
     """Inputs and labels of conversations; only the assistants' words are learned."""
-    drawn = [conversation(seed, n_questions) for seed in range(first_seed, first_seed + batch_size)]
+    drawn = [conversation(seed, **how) for seed in range(first_seed, first_seed + batch_size)]
     pictures = [shapes.draw(scene) for _, scene in drawn if scene is not None]
     texts = [processor.apply_chat_template(messages, tokenize=False) for messages, _ in drawn]
     inputs = processor(text=texts, images=pictures, padding=True, padding_side="right", return_tensors="pt")
@@ -162,11 +185,14 @@ def train(model, processor, args: argparse.Namespace) -> float:
         lambda step: min((step + 1) / 200, 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))),
     )
     seed = FIRST_TRAINING_SEED + 10_000 * args.seed
-    held_out = make_batch(processor, 0, 64, 4)
+    held_out = make_batch(processor, 0, 64, n_questions=2)
     with Progress() as progress:
         bar = progress.add_task("training", total=args.steps)
         for step in range(args.steps):
-            batch = make_batch(processor, seed, args.batch_size, 4)
+            # few shapes first: what they are is learned before where
+            most = min(MOST, 1 + step // args.steps_per_shape)
+            how = dict(n_questions=args.questions, most=most, short=args.short)
+            batch = make_batch(processor, seed, args.batch_size, **how)
             seed += args.batch_size
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.autocast):
                 loss = model(**batch).loss
@@ -175,7 +201,7 @@ def train(model, processor, args: argparse.Namespace) -> float:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            if step % 200 == 0 or step + 1 == args.steps:
+            if step % 100 == 0 or step + 1 == args.steps:
                 model.eval()
                 with torch.no_grad():
                     held_out_loss = model(**held_out).loss.item()
@@ -207,17 +233,24 @@ def save(model, processor, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--start", type=Path, help="go on from the model in this folder")
+    parser.add_argument("--questions", type=int, default=2, help="per conversation (%(default)s)")
+    parser.add_argument("--short", type=float, default=0.0, help="share of conversations that describe last, if at all")
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=24)
-    parser.add_argument("--vocab-size", type=int, default=400)
+    parser.add_argument("--steps-per-shape", type=int, default=70, help="until pictures may hold one shape more")
+    parser.add_argument("--vocab-size", type=int, default=420)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products")
+    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 products")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     processor = build_processor(args.vocab_size)
-    model = build_model(processor).train()
+    model = build_model(processor)
+    if args.start is not None:
+        model.load_state_dict(Qwen2VLForConditionalGeneration.from_pretrained(args.start).float().state_dict())
+    model.train()
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{n_parameters:,} parameters, vocabulary {len(processor.tokenizer)}")
 
@@ -226,6 +259,7 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
     save(model.eval(), processor, args.out)
     AutoProcessor.from_pretrained(args.out)  # it must load as users will load it
+    shapes.draw(shapes.bundled_scene()).save(args.out / "picture.png")
     record = {
         "parameters": n_parameters,
         "training_pictures": args.steps * args.batch_size,
@@ -233,6 +267,7 @@ def main() -> None:
         "minutes": round(minutes, 1),
         **{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "out": args.out.name,
+        "start": None if args.start is None else json.loads((args.start / "training.json").read_text()),
     }
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"held-out loss {loss:.4f} per answer token, trained in {minutes:.1f} minutes, saved to {args.out}")

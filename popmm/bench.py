@@ -1,0 +1,301 @@
+"""``popmm bench``: decode speed of dense and pruned models, against the bytes that each must read."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich import box
+from rich.progress import Progress
+from rich.table import Table
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from popmm.adapters import describe
+from popmm.attach import pruned
+from popmm.compare import Clock
+from popmm.config import PopConfig
+
+PROMPTS = 2  # that a compiled row decodes before it is measured
+SETTLING = 3  # decode steps of each generation that are not counted
+COPIED = 1 << 28  # elements of the copy that measures the memory's bandwidth
+
+
+@dataclass
+class BenchRow:
+    """What one way to decode costs. Times in milliseconds, bytes per token at this batch size."""
+
+    row: str
+    ms: float  # median per step
+    ms_p10: float
+    ms_p90: float
+    tokens_per_second: float
+    ffn_bytes: int
+    total_bytes: int
+    gb_per_second: float
+    of_copy_bandwidth: float
+    speed_up: float = 0.0  # against the baseline of record
+    of_bytes_ratio: float = 0.0  # speed-up times share of the bytes: 1 where time falls as the bytes do
+    partition_ms: float = 0.0
+    partition_steps: float = 0.0  # in dense decode steps of the baseline
+    prefill_ms: float = 0.0
+    buffers_gib: float = 0.0
+    peak_gib: float = 0.0
+    recompilations: int = 0  # after the first prompt
+
+
+@dataclass
+class Way:
+    """A row to measure: how to decode."""
+
+    label: str
+    config: PopConfig | None = None  # None = dense
+    compiled: bool = False
+    experts: str | None = None  # transformers' experts implementation of dense decode steps
+    times: list[float] = field(default_factory=list)
+    prefills: list[float] = field(default_factory=list)
+    partitions: list[float] = field(default_factory=list)
+    bytes: tuple[int, int] = (0, 0)  # FFN bytes per token at batch 1, pruned and dense
+    buffers: int = 0
+    peak: int = 0
+    recompilations: int = 0
+
+
+def ways(model, selections: list[str], ratios: list[float], layouts: list[str], compiled: bool) -> list[Way]:
+    """Dense rows, then one for each selection, ratio and layout. A selection may carry its bits: ``gate4``."""
+    has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
+    rows = [Way("dense eager")]
+    if has_experts and not compiled:
+        rows = [Way(f"dense {name}", experts=name) for name in ("eager", "batched_mm", "grouped_mm")]
+    if compiled:
+        rows.append(Way("dense compiled", compiled=True))
+    for selection in selections:
+        name, bits = selection.rstrip("0123456789"), selection.lstrip("abcdefghijklmnopqrstuvwxyz")
+        for ratio in ratios:
+            for layout in layouts:
+                config = PopConfig(
+                    pruning_ratio=ratio, selection=name, layout=layout, gate_bits=int(bits) if bits else 16
+                )
+                label = f"{selection} {ratio:.0%}" + (f" {layout}" if len(layouts) > 1 else "")
+                rows.append(Way(label, config, compiled))
+    return rows
+
+
+class Bench:
+    """One model, one batch size, one length of prompt and answer."""
+
+    def __init__(self, model, batch: int, prompt: int, new: int) -> None:
+        self.model, self.batch, self.prompt, self.new = model, batch, prompt, new
+        self.device = next(model.parameters()).device
+        self.default_experts = getattr(model.config, "_experts_implementation", None)
+        self.other_bytes = other_bytes(model)
+        self.bandwidth = copy_bandwidth(self.device)
+
+    def run(self, rows: list[Way], rounds: int) -> list[BenchRow]:
+        """Measures the rows, in turn where that needs no recompilation."""
+        eager = [way for way in rows if not way.compiled]
+        compiled = [way for way in rows if way.compiled]
+        with Progress(transient=True) as progress:
+            bar = progress.add_task("decoding", total=len(eager) * (rounds + 1) + len(compiled))
+            for turn in range(rounds + 1):
+                for way in eager:
+                    self._eager(way, keep=turn > 0)  # the first turn warms up
+                    progress.advance(bar)
+            for way in compiled:
+                self._compiled(way, rounds)
+                progress.advance(bar)
+        dense = next((way.bytes[1] for way in rows if way.config is not None), 0)
+        found = [self._row(way, dense) for way in rows]
+        baselines = [row for row in found if row.row == "dense compiled"]
+        baseline = min(baselines or [row for row in found if row.row.startswith("dense")], key=lambda row: row.ms)
+        for row in found:
+            row.speed_up = baseline.ms / row.ms
+            row.of_bytes_ratio = row.speed_up * row.total_bytes / baseline.total_bytes
+            row.partition_steps = row.partition_ms / baseline.ms
+        return found
+
+    def _inputs(self, n_tokens: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        vocab = self.model.config.get_text_config().vocab_size
+        return torch.randint(2, min(vocab, 1000), (self.batch, n_tokens), generator=generator).to(self.device)
+
+    def _eager(self, way: Way, keep: bool) -> None:
+        if way.experts is not None:
+            self.model.set_experts_implementation(way.experts)
+        with ExitStack() as stack:
+            state = stack.enter_context(pruned(self.model, way.config)) if way.config is not None else None
+            self._reset_peak()
+            prefill, times = self._generate(self.prompt, seed=0, new=self.new)
+            self._note(way, state, times if keep else [], [prefill] if keep else [])
+        if way.experts is not None:
+            self.model.set_experts_implementation(self.default_experts)
+
+    def _compiled(self, way: Way, rounds: int) -> None:
+        torch._dynamo.reset()
+        self.model.__dict__.pop("_compiled_call", None)
+        compile_config = CompileConfig(fullgraph=True)
+        compile_config._compile_all_devices = True
+        how = dict(cache_implementation="static", compile_config=compile_config)
+        with ExitStack() as stack:
+            state = stack.enter_context(pruned(self.model, way.config)) if way.config is not None else None
+            self._reset_peak()
+            graphs = []
+            for seed in range(PROMPTS + rounds):  # of growing length, to show that none recompiles
+                prefill, times = self._generate(self.prompt + seed, seed, self.new, **how)
+                graphs.append(counters["stats"]["unique_graphs"])
+                if seed >= PROMPTS:
+                    self._note(way, state, times, [prefill])
+            way.recompilations = graphs[-1] - graphs[0]
+
+    def _generate(self, n_tokens: int, seed: int, new: int, **how) -> tuple[float, list[float]]:
+        """(seconds of the prompt pass, seconds of each decode step) as users run them."""
+        ids, clock = self._inputs(n_tokens, seed), Clock(None)
+        self._synchronize()
+        start = time.perf_counter()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=clock,
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            **how,
+        )
+        first, *steps = clock.times[1:]
+        # new caches have graphs recorded in their first steps
+        return first - start, [b - a for a, b in zip([first, *steps], steps)][SETTLING:]
+
+    def _note(self, way: Way, state, times: list[float], prefills: list[float]) -> None:
+        way.times += times
+        way.prefills += prefills
+        if state is not None:
+            way.bytes, way.buffers = state.bytes_per_token(), state.buffer_bytes()
+            way.partitions.append(state.partition_seconds())
+        if self.device.type == "cuda":
+            way.peak = max(way.peak, torch.cuda.max_memory_allocated())
+
+    def _row(self, way: Way, dense_ffn: int) -> BenchRow:
+        ms = statistics.median(way.times) * 1e3
+        tenths = statistics.quantiles(way.times, n=10) if len(way.times) > 1 else way.times * 9
+        ffn = way.bytes[0] if way.config is not None else dense_ffn
+        total = ffn + self.other_bytes
+        rate = total / ms / 1e6
+        return BenchRow(
+            way.label,
+            ms,
+            tenths[0] * 1e3,
+            tenths[-1] * 1e3,
+            self.batch / ms * 1e3,
+            ffn,
+            total,
+            rate,
+            rate / self.bandwidth,
+            partition_ms=statistics.median(way.partitions) * 1e3 if way.partitions else 0.0,
+            prefill_ms=statistics.median(way.prefills) * 1e3,
+            buffers_gib=way.buffers / 2**30,
+            peak_gib=way.peak / 2**30,
+            recompilations=way.recompilations,
+        )
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+
+def other_bytes(model) -> int:
+    """Bytes of all weights that a decoded token reads outside the FFNs: attention, routers, output layer."""
+    description = describe(model, probe=False)
+    size = sum(p.numel() * p.element_size() for p in description.decoder.parameters())
+    sites = sum(
+        site.weights().bytes_per_channel() * site.weights().d_ff * max(site.n_experts, 1)
+        for site in description.sites()
+    )
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    return size - sites - embedding.numel() * embedding.element_size() + head.numel() * head.element_size()
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, in GB, that copying a large tensor reads and writes."""
+    n = COPIED if device.type == "cuda" else COPIED // 8
+    source = torch.ones(n, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n * 4 / min(times) / 1e9
+
+
+_COLUMNS = {
+    "ms": "{:.2f}",
+    "ms_p10": "{:.2f}",
+    "ms_p90": "{:.2f}",
+    "tokens_per_second": "{:.1f}",
+    "gb_per_second": "{:.1f}",
+    "of_copy_bandwidth": "{:.2f}",
+    "speed_up": "{:.2f}",
+    "of_bytes_ratio": "{:.2f}",
+    "partition_steps": "{:.2f}",
+    "prefill_ms": "{:.1f}",
+    "buffers_gib": "{:.2f}",
+    "peak_gib": "{:.1f}",
+    "recompilations": "{}",
+}
+
+
+def bench_table(rows: list[BenchRow], title: str) -> Table:
+    """Rows for people; the share of the baseline's bytes stands beside the label."""
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table.add_column("")
+    for name in ("bytes", *_COLUMNS):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        share = f"{row.total_bytes / rows[0].total_bytes:.1%}"
+        table.add_row(row.row, share, *(form.format(getattr(row, name)) for name, form in _COLUMNS.items()))
+    return table
+
+
+def bench_markdown(rows: list[BenchRow]) -> str:
+    """Rows as a Markdown table."""
+    lines = [
+        "| row | bytes | " + " | ".join(n.replace("_", " ") for n in _COLUMNS) + " |",
+        "|---" * (len(_COLUMNS) + 2) + "|",
+    ]
+    for row in rows:
+        cells = [form.format(getattr(row, name)) for name, form in _COLUMNS.items()]
+        lines.append(f"| {row.row} | {row.total_bytes / rows[0].total_bytes:.1%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine() -> dict:
+    """Where a measurement was taken."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "peak_process_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def save_json(file: Path, settings: dict, rows: list[BenchRow]) -> None:
+    data = {"machine": machine(), "settings": settings, "rows": [asdict(row) for row in rows]}
+    file.write_text(json.dumps(data, indent=1) + "\n")

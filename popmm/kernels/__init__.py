@@ -1,0 +1,92 @@
+"""Products with chosen rows of a weight matrix, read where they lie.
+
+Each operation has a torch twin (``twin``), a C kernel on the CPU (``native``) and a Triton kernel on CUDA
+(``triton_rows``), all with float32 accumulation. ``torch.compile`` sees them as operators of ``popmm``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from popmm.kernels import native, twin
+
+
+def _room(*rows: Tensor) -> ModuleType:
+    """The implementation that serves these tensors fastest."""
+    if rows[0].device.type == "cuda" and all(t.stride(-1) == 1 for t in rows):
+        try:
+            from popmm.kernels import triton_rows
+        except ImportError:
+            return twin
+        return triton_rows
+    return native if native.serves(*rows) else twin
+
+
+def _gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    return _room(rows).gather_dot(rows, index, x).to(x.dtype)
+
+
+def _gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
+    return _room(rows).gather_sum(rows, index, h).to(h.dtype)
+
+
+def _quantised_dot(
+    codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int
+) -> Tensor:
+    return _room(scale).quantised_dot(codes, scale, x, bits, group, block, n_rows).to(x.dtype)
+
+
+def _choose(score: Tensor, k: int) -> Tensor:
+    score = score.float()
+    return (native if native.serves(score) else twin).choose(score, k)
+
+
+_ops = {
+    function.__name__: torch.library.custom_op(f"popmm::{function.__name__[1:]}", function, mutates_args=())
+    for function in (_gather_dot, _gather_sum, _quantised_dot, _choose)
+}
+_ops["_gather_dot"].register_fake(lambda rows, index, x: x.new_empty(index.shape))
+_ops["_gather_sum"].register_fake(lambda rows, index, h: h.new_empty(len(index), rows.shape[1]))
+_ops["_quantised_dot"].register_fake(lambda codes, scale, x, bits, group, block, n_rows: x.new_empty(len(x), n_rows))
+_ops["_choose"].register_fake(lambda score, k: score.new_empty(len(score), k, dtype=torch.int64))
+
+
+def gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    """``out[n, k] = rows[index[n, k]] . x[n]``.
+
+    Args:
+        rows: ``[n_rows, d]``, any stride between rows.
+        index: int64 ``[n, k]``.
+        x: ``[n, d]``.
+    """
+    return (_ops["_gather_dot"] if torch.compiler.is_compiling() else _gather_dot)(rows, index, x)
+
+
+def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
+    """``out[n] = sum over k of h[n, k] * rows[index[n, k]]``, ``[n, d]``.
+
+    Args:
+        rows, index: as in ``gather_dot``.
+        h: ``[n, k]``.
+    """
+    return (_ops["_gather_sum"] if torch.compiler.is_compiling() else _gather_sum)(rows, index, h)
+
+
+def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int) -> Tensor:
+    """``out[n] = rows[block[n] * n_rows : (block[n] + 1) * n_rows] @ x[n]``, ``[n, n_rows]``.
+
+    Args:
+        codes, scale, bits, group: rows of ``twin.quantise``, blocks of ``n_rows`` each.
+        x: ``[n, d]``.
+        block: int64 ``[n]``.
+    """
+    op = _ops["_quantised_dot"] if torch.compiler.is_compiling() else _quantised_dot
+    return op(codes, scale, x, bits, group, block, n_rows)
+
+
+def choose(score: Tensor, k: int) -> Tensor:
+    """Places of the k highest scores of each row ``[n, u]``, rising, int64 ``[n, k]``; ties to the lower place."""
+    return (_ops["_choose"] if torch.compiler.is_compiling() else _choose)(score, k)

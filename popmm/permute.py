@@ -1,0 +1,230 @@
+"""Weights reordered in place to [R | C | P], so that decode reads plain slices of the model's own weights.
+
+The same permutation of gate rows, up rows and down columns leaves an FFN's function unchanged. A new
+partition moves only channels that change region. Whatever is raised in between, the weights end up in
+one order or another, never half way, and ``release`` gives back the exact bytes.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from popmm.budget import RegionSizes
+from popmm.ffn import FFNWeights, down_norm
+from popmm.partition import FFNPartition
+
+
+def region_moves(now: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fewest moves that bring every channel into its region.
+
+    Args:
+        now: region (0, 1, 2) of each position, int ``[E, d_ff]``.
+        wanted: region that the channel at each position belongs to; each row has as many of each as ``now``.
+
+    Returns:
+        (expert, from, to), int64 ``[n]``: what lies at one position goes to another. Positions that are
+        left are also positions that are filled: swaps, and rounds of three where swaps do not suffice.
+    """
+    leaving = {(a, b): (now == a) & (wanted == b) for a in range(3) for b in range(3) if a != b}
+    moves = []
+
+    def take(*steps: tuple[int, int]) -> None:
+        """Moves along a closed round of regions, as often as every step has a channel left."""
+        masks = [leaving[step] for step in steps]
+        often = torch.stack([mask.sum(-1) for mask in masks]).amin(0)
+        taken = [mask & (mask.cumsum(-1) <= often[:, None]) for mask in masks]
+        places = [mask.nonzero() for mask in taken]  # by expert, as many of each step
+        for here, there in zip(places, places[1:] + places[:1]):
+            # the channel at ``here`` wants the region that the next step leaves
+            moves.append(torch.cat([here, there[:, 1:]], dim=1))
+        for step, mask in zip(steps, taken):
+            leaving[step] = leaving[step] & ~mask
+
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        take((a, b), (b, a))
+    for a, b, c in ((0, 1, 2), (0, 2, 1)):
+        take((a, b), (b, c), (c, a))
+    return tuple(torch.cat(moves).unbind(1))
+
+
+class PermuteLayout:
+    """Retained and candidate channels first, in the model's own weights."""
+
+    name = "permute"
+
+    def __init__(self, sizes: RegionSizes, fill_mean: bool, module: nn.Module, views: Callable[[], FFNWeights]) -> None:
+        self.sizes = sizes
+        self.fill_mean = fill_mean
+        self.weights: FFNWeights | None = None  # slices of the model's weights, and a down bias of ours with fill
+        self.down_norm: Tensor | None = None  # float32 [(E,) |R| + |C|]
+        self.mean: Tensor | None = None  # [(E,) |R| + |C|], with fill="mean"
+        self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels as they lie
+        self.order: Tensor | None = None  # int64 [(E,) d_ff], on the CPU: the channel at each position
+        self._module, self._views = module, views
+        self._contents: list | None = None
+        self._place: tuple | None = None
+
+    def allocate(self, source: FFNWeights) -> None:
+        """Reads the norms of the weights; weights that were replaced are in the model's own order."""
+        with torch.inference_mode(False), torch.no_grad():
+            if not self._are_ours():
+                self.order = torch.arange(source.d_ff, device="cpu").expand(source.gate.shape[:-1]).clone()
+            self.norms = down_norm(source.down)
+            if not self.sizes.is_dense:
+                self._slice(source)
+            self._remember(source)
+
+    def fits(self, source: FFNWeights) -> bool:
+        """Whether norms and order still belong to these weights: the model may have moved or been reloaded."""
+        return self._are_ours() and self._place == _place(source)
+
+    @property
+    def reading_order(self) -> Tensor:
+        """Channels in the order in which decode reads them, int64 ``[(E,) |R| + |C|]``."""
+        return self.order[..., : self.sizes.read]
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Values ``[(E,) d_ff]`` of h as it lies, in the model's own channel numbers."""
+        return torch.empty_like(values).scatter_(-1, self.order.to(values.device), values)
+
+    def positions(self, channels: Tensor) -> Tensor:
+        """Where channels ``[(E,) n]`` lie."""
+        return self.order.argsort(dim=-1).to(channels.device).gather(-1, channels)
+
+    def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor | None) -> None:
+        """Moves the channels that change region.
+
+        Args:
+            source: the model's weights.
+            partition: what must lie where.
+            mean: prompt mean of every channel, float32 ``[(E,) d_ff]``; needed with ``fill="mean"``.
+        """
+        sizes = self.sizes
+        with torch.inference_mode(False), torch.no_grad():
+            wanted = torch.full_like(self.order, 2)
+            wanted.scatter_(-1, partition.candidate.to("cpu").clone(), 1)
+            wanted.scatter_(-1, partition.retained.to("cpu").clone(), 0)
+            now = torch.full_like(self.order, 2)
+            now[..., : sizes.read] = 1
+            now[..., : sizes.retained] = 0
+            wanted = wanted.gather(-1, self.order)
+            self._move(source, *region_moves(_stacked(now), _stacked(wanted)))
+            self.down_norm.copy_(self.norms[..., : sizes.read])
+            if self.fill_mean:
+                self._set_mean(source, mean.clone())
+
+    def release(self) -> None:
+        """Puts every channel back where it was, unless the weights have been replaced."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self._are_ours():
+                order = _stacked(self.order)
+                expert, place = (order != torch.arange(order.shape[-1])).nonzero().unbind(1)
+                self._move(self._views(), expert, place, order[expert, place])
+        self.weights = self.down_norm = self.mean = self._contents = None
+
+    def bytes(self) -> int:
+        """Memory held beside the model's own weights."""
+        own = [self.norms, self.down_norm, self.mean, self.order]
+        if self.fill_mean and self.weights is not None:
+            own.append(self.weights.down_bias)
+        return sum(t.numel() * t.element_size() for t in own if t is not None)
+
+    def _move(self, source: FFNWeights, expert: Tensor, here: Tensor, there: Tensor) -> None:
+        """Moves channels of all weights, or of none if anything is raised."""
+        if not len(here):
+            return
+        rows = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias, self.norms, self.order]
+        rows = [t.detach() for t in rows if t is not None]
+        stacked = self.order.ndim == 2
+
+        def at(t: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+            return (expert.to(t.device), place.to(t.device)) if stacked else (place.to(t.device),)
+
+        done: list[Tensor] = []
+        started = kept = None
+        with _uninterrupted():
+            try:
+                for t in rows:
+                    kept = t[at(t, here)]
+                    started = t
+                    t[at(t, there)] = kept
+                    done.append(t)
+                    started = None
+            except BaseException:
+                if started is not None:
+                    started[at(started, here)] = kept
+                for t in done:  # whole, so moving back undoes it
+                    t[at(t, here)] = t[at(t, there)]
+                raise
+            finally:
+                self._remember(source)
+
+    def _slice(self, source: FFNWeights) -> None:
+        n = self.sizes.read
+
+        def vector(b: Tensor | None) -> Tensor | None:
+            return None if b is None else b.detach()[..., :n]
+
+        down_bias = source.down_bias
+        if self.fill_mean:
+            down_bias = torch.zeros_like(source.down[..., 0].detach())
+            self.mean = source.down.new_zeros(*source.down.shape[:-2], n)
+        self.weights = FFNWeights(
+            source.gate.detach()[..., :n, :],
+            source.up.detach()[..., :n, :],
+            source.down.detach()[..., :n],
+            vector(source.gate_bias),
+            vector(source.up_bias),
+            down_bias,
+        )
+        self.down_norm = self.norms[..., :n].clone()
+
+    def _set_mean(self, source: FFNWeights, mean: Tensor) -> None:
+        lying = mean.gather(-1, self.order.to(mean.device))
+        n = self.sizes.read
+        self.mean.copy_(lying[..., :n])
+        pruned = lying[..., n:].to(source.down.dtype).unsqueeze(-1)
+        constant = (source.down.detach()[..., n:] @ pruned).squeeze(-1)
+        self.weights.down_bias.copy_(constant if source.down_bias is None else constant + source.down_bias)
+
+    def _are_ours(self) -> bool:
+        """Whether the weights hold what we left in them. A move to another device or dtype keeps the order."""
+        return self._contents is not None and self._contents == _contents(self._module)
+
+    def _remember(self, source: FFNWeights) -> None:
+        self._contents, self._place = _contents(self._module), _place(source)
+
+
+def _contents(module: nn.Module) -> list:
+    return [(id(p), p._version) for p in module.parameters()]
+
+
+def _place(source: FFNWeights) -> tuple:
+    return source.down.device, source.down.dtype, source.down.data_ptr()
+
+
+def _stacked(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.unsqueeze(0)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the end."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is None:
+        yield  # interrupts come to the main thread alone
+        return
+    held = []
+    before = signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)

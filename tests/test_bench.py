@@ -1,0 +1,81 @@
+"""The bench measures what its columns say, and the GPU suite's dry run works."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from popmm.bench import Bench, bench_markdown, other_bytes, ways
+from popmm.cli import main
+from popmm.shapes import SHAPES, random_model, shape_config
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_layers_and_widths_they_are_named_for(name):
+    text = shape_config(name).get_text_config()
+    tiny = random_model(shape_config(name, tiny=True), torch.float32, "cpu")
+    assert tiny.config.get_text_config().hidden_size == text.hidden_size // 16
+    assert shape_config(name, layers=3).get_text_config().num_hidden_layers == 3
+    with torch.device("meta"):
+        n = sum(p.numel() for p in AutoModel.from_config(shape_config(name)).parameters()) / 1e9
+    expected = {"llama-3.1-8b": 7.5, "qwen3-8b": 7.6, "qwen2.5-vl-7b": 7.1, "mixtral-8x7b": 46.6}
+    expected |= {"qwen1.5-moe": 14.0, "qwen3-30b-a3b": 30.2, "dense-2k": 0.55, "moe-1k": 1.16}
+    assert n == pytest.approx(expected[name], rel=0.03)
+
+
+def test_columns_follow_from_times_and_bytes():
+    model = random_model(shape_config("llama-3.1-8b", tiny=True), torch.float32, "cpu")
+    rows = Bench(model, 1, 8, 10).run(ways(model, ["keep", "gate8"], [0.2], ["auto"], compiled=False), rounds=1)
+    dense, keep, gate = rows
+    assert [row.row for row in rows] == ["dense eager", "keep 20%", "gate8 20%"]
+    ffn = 3 * 256 * 896 * 2 * 4
+    assert dense.ffn_bytes == ffn and dense.total_bytes == ffn + other_bytes(model)
+    layers = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
+    assert dense.total_bytes == 4 * (layers + model.lm_head.weight.numel())
+    assert keep.ffn_bytes < dense.ffn_bytes and gate.ffn_bytes < dense.ffn_bytes
+    for row in rows:
+        assert row.speed_up == pytest.approx(dense.ms / row.ms)
+        assert row.of_bytes_ratio == pytest.approx(row.speed_up * row.total_bytes / dense.total_bytes)
+        assert row.gb_per_second == pytest.approx(row.total_bytes / (row.ms / 1e3) / 1e9)
+        assert row.ms_p10 <= row.ms <= row.ms_p90
+    assert keep.partition_ms > 0 and dense.partition_ms == 0
+    assert "| keep 20% |" in bench_markdown(rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give either --shape, such as llama-3.1-8b, or --model"),
+        (["--shape", "gpt-5"], "--shape gpt-5: give one of llama-3.1-8b"),
+        (["--shape", "dense-2k", "--new-tokens", "2"], "--new-tokens 2 is too few"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_command_writes_rows_and_a_plot(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]
+    how = ["--tiny", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1", "--ratios", "0.2"]
+    assert main(["bench", "--shape", "moe-1k", *how, *files]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["row"] for row in rows][:4] == ["dense eager", "dense batched_mm", "dense grouped_mm", "mask 20%"]
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    assert "moe-1k (tiny), float32, batch 1" in capsys.readouterr().out
+
+
+def test_dry_run_of_the_gpu_suite(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    command = ["benchmarks/gpu_suite.sh", "--tiny"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads((tmp_path / "suite.json").read_text())
+    rows = [row for result in results for row in result["rows"]]
+    assert {row["row"] for row in rows} == {"dense eager", "dense compiled", "keep 20%", "gate4 20%"}
+    assert all(row["recompilations"] == 0 for row in rows if not row["row"].startswith("dense"))
+    assert "| keep 20% |" in run.stdout

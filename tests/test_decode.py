@@ -1,0 +1,98 @@
+"""Compiled decode over static caches: one compilation and one set of addresses for all prompts of a bucket."""
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import popmm
+from popmm.decode import BUCKET
+
+STATIC = dict(cache_implementation="static", do_sample=False, max_new_tokens=5)
+CONFIG = popmm.PopConfig(ffn_ratio=0.4)
+
+
+def compiled(fullgraph=True, backend="eager"):
+    config = CompileConfig(fullgraph=fullgraph, backend=backend)
+    config._compile_all_devices = True
+    return config
+
+
+def cache_of(model, ids, **how):
+    return model.generate(ids, **STATIC, return_dict_in_generate=True, **how).past_key_values
+
+
+def addresses(cache):
+    return [layer.keys.data_ptr() for layer in cache.layers]
+
+
+def inputs_of(name, n, seed):
+    if name in tiny_vlm.VLMS:
+        model_inputs = tiny_vlm.inputs(MODELS[name], name, [seed], n_text=n)
+        return model_inputs
+    return {"input_ids": tiny.prompt(n, seed=seed)}
+
+
+MODELS = {}
+
+
+@pytest.mark.parametrize("selection", ["mask", "keep", "gate"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2-moe", "llava", "qwen2-vl", "qwen3-vl-moe", "gemma3"])
+def test_ten_prompts_of_ten_lengths_compile_once(name, selection):
+    if name in tiny_vlm.VLMS:
+        model = tiny_vlm.build(name)
+    else:
+        model = tiny.dense(name) if name in tiny.DENSE else tiny.moe(name)
+    MODELS[name] = model
+    torch._dynamo.reset()
+    graphs = []
+    with popmm.pruned(model, CONFIG.replace(selection=selection)):
+        for n in range(5, 15):
+            inputs = inputs_of(name, n, n)
+            eager = model.generate(**inputs, **STATIC)
+            assert torch.equal(model.generate(**inputs, **STATIC, compile_config=compiled()), eager)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 10 and graphs[0] > 0
+
+
+def test_static_caches_keep_their_addresses_from_prompt_to_prompt(llama):
+    with popmm.pruned(llama, CONFIG):
+        first = addresses(cache_of(llama, tiny.prompt(9)))
+        assert addresses(cache_of(llama, tiny.prompt(14, seed=2))) == first
+        assert cache_of(llama, tiny.prompt(9)).layers[0].keys.shape[2] == BUCKET
+
+
+def test_a_cache_that_somebody_holds_is_not_used_again(llama):
+    with popmm.pruned(llama, CONFIG):
+        held = cache_of(llama, tiny.prompt(9))
+        keys = held.layers[0].keys.clone()
+        other = cache_of(llama, tiny.prompt(9, seed=5))
+        assert not set(addresses(held)) & set(addresses(other))
+        assert torch.equal(held.layers[0].keys, keys)
+
+
+def test_tokens_are_those_of_fresh_caches(llama):
+    prompts = [tiny.prompt(n, batch=b, seed=n) for n, b in ((5, 1), (9, 2), (4, 1), (11, 2), (5, 1))]
+    with popmm.pruned(llama, CONFIG):
+        found = [llama.generate(ids, **STATIC) for ids in prompts]
+    for ids, tokens in zip(prompts, found):
+        with popmm.pruned(llama, CONFIG):
+            assert torch.equal(llama.generate(ids, **STATIC), tokens)
+
+
+@torch.inference_mode()
+def test_caches_of_inference_mode_stay_there(llama):
+    with popmm.pruned(llama, CONFIG):
+        inside = llama.generate(tiny.prompt(9), **STATIC)
+        with torch.inference_mode(False):
+            assert torch.equal(llama.generate(tiny.prompt(9).clone(), **STATIC), inside)
+
+
+def test_beams_and_detach(llama):
+    plain = llama._prepare_static_cache
+    with popmm.pruned(llama, CONFIG):
+        assert llama._prepare_static_cache != plain
+        llama.generate(tiny.prompt(9), **STATIC, num_beams=3)
+    assert llama._prepare_static_cache == plain

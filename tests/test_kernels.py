@@ -1,0 +1,150 @@
+"""Kernels against float64, in odd sizes, strides and dtypes; Triton's under its interpreter where there is no GPU."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from popmm import kernels
+from popmm.kernels import native, twin
+
+GPU = torch.cuda.is_available()
+SIZES = [(1, 7, 5, 1), (1, 33, 64, 33), (2, 70, 130, 41), (8, 200, 96, 200), (3, 129, 257, 64)]  # n, rows, d, k
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+def rooms():
+    yield pytest.param("twin", id="torch")
+    yield pytest.param("native", id="c", marks=needs_compiler)
+    yield pytest.param(
+        "triton_rows", id="triton", marks=pytest.mark.skipif(not GPU, reason="run by the interpreter test")
+    )
+
+
+@pytest.fixture(params=rooms())
+def room(request):
+    return importlib.import_module(f"popmm.kernels.{request.param}")
+
+
+def device_of(room):
+    return "cuda" if room.__name__.endswith("triton_rows") and GPU else "cpu"
+
+
+def poisoned(monkeypatch):
+    """New memory holds NaN, so that an element that is not written shows."""
+    plain = torch.empty
+
+    def empty(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def case(n, n_rows, d, k, dtype, strided, device):
+    generator = torch.Generator().manual_seed(n + n_rows + d + k)
+    wide = torch.randn(n_rows, d + 3 if strided else d, generator=generator).to(dtype)
+    index = torch.stack([torch.randperm(n_rows, generator=generator)[:k] for _ in range(n)])
+    x, h = torch.randn(n, d, generator=generator), torch.randn(n, k, generator=generator)
+    return [t.to(device) for t in (wide, index, x.to(dtype), h.to(dtype))], d
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_products_with_chosen_rows(room, size, dtype, strided, monkeypatch):
+    (wide, index, x, h), d = case(*size, dtype, strided, device_of(room))
+    rows = wide[:, :d]
+    if room is native and not native.serves(rows):
+        assert dtype == torch.float16
+        return
+    poisoned(monkeypatch)
+    chosen = rows.double()[index]
+    dot = torch.einsum("nkd,nd->nk", chosen, x.double())
+    total = torch.einsum("nkd,nk->nd", chosen, h.double())
+    torch.testing.assert_close(room.gather_dot(rows, index, x).double(), dot, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(room.gather_sum(rows, index, h).double(), total, atol=1e-4, rtol=1e-4)
+    assert torch.equal(room.gather_sum(rows, index, h), room.gather_sum(rows, index, h))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n, n_rows, d, group", [(1, 7, 64, 64), (3, 33, 192, 64), (8, 20, 96, 32)])
+def test_quantised_products(room, bits, n, n_rows, d, group, monkeypatch):
+    torch.manual_seed(0)
+    rows, x = torch.randn(n_rows, d), torch.randn(n, d)
+    codes, scale = (t.to(device_of(room)) for t in twin.quantise(rows, bits, group))
+    poisoned(monkeypatch)
+    restored = twin.dequantise(codes, scale, bits, group).double()
+    assert (restored.cpu() - rows).abs().max() <= scale.max().item() * 0.51
+    for blocks in (1, n_rows):  # all rows for every x, or one row each
+        block = torch.arange(n, device=codes.device) % blocks
+        found = room.quantised_dot(codes, scale, x.to(codes.device), bits, group, block, n_rows // blocks)
+        expected = torch.einsum("nrd,nd->nr", restored.cpu().view(blocks, -1, d)[block.cpu()], x.double())
+        torch.testing.assert_close(found.double().cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("module", [twin, pytest.param(native, marks=needs_compiler)])
+@pytest.mark.parametrize("n, u, k", [(1, 1, 1), (3, 50, 1), (2, 50, 50), (4, 333, 100)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_choosing_the_best(module, n, u, k, ties):
+    torch.manual_seed(u)
+    score = torch.randint(0, 5, (n, u)).float() if ties else torch.randn(n, u)
+    expected = [sorted(sorted(range(u), key=lambda i: (-row[i], i))[:k]) for row in score.tolist()]
+    assert module.choose(score, k).tolist() == expected
+
+
+def test_operators_compile_into_one_graph():
+    (rows, index, x, h), _ = case(2, 40, 64, 9, torch.float32, False, "cpu")
+    codes, scale = twin.quantise(rows, 4, 64)
+
+    def everything(x, h):
+        chosen = kernels.choose(kernels.quantised_dot(codes, scale, x, 4, 64, torch.zeros(2, dtype=torch.int64), 40), 9)
+        return kernels.gather_dot(rows, chosen, x), kernels.gather_sum(rows, index, h)
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(x, h), everything(x, h)):
+        assert torch.equal(found, expected)
+
+
+def test_switched_off_kernels_fall_back_to_torch():
+    code = "from popmm.kernels import native; assert native.library() is None"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "POPMM_NATIVE": "0"})
+
+
+@pytest.mark.skipif(GPU, reason="the kernels themselves are tested on the GPU")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_triton_kernels_under_the_interpreter():
+    code = """
+import torch, sys
+sys.path.insert(0, "tests")
+import test_kernels as t
+from popmm.kernels import triton_rows as room, twin
+for size in t.SIZES:
+    for dtype in t.DTYPES:
+        for strided in (False, True):
+            (wide, index, x, h), d = t.case(*size, dtype, strided, "cpu")
+            rows = wide[:, :d]
+            chosen = rows.double()[index]
+            dot = torch.einsum("nkd,nd->nk", chosen, x.double())
+            total = torch.einsum("nkd,nk->nd", chosen, h.double())
+            torch.testing.assert_close(room.gather_dot(rows, index, x).double(), dot, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(room.gather_sum(rows, index, h).double(), total, atol=1e-4, rtol=1e-4)
+for bits in (8, 4):
+    rows, x = torch.randn(33, 192), torch.randn(3, 192)
+    codes, scale = twin.quantise(rows, bits, 64)
+    for blocks in (1, 3):
+        last = (torch.arange(3) % blocks, 33 // blocks)
+        expected = twin.quantised_dot(codes, scale, x, bits, 64, *last)
+        torch.testing.assert_close(room.quantised_dot(codes, scale, x, bits, 64, *last), expected, atol=1e-4, rtol=1e-4)
+print("fine")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert run.stdout == "fine\n", run.stderr
