@@ -13,17 +13,18 @@ from torch import nn
 
 from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe, find_surroundings, tower_ffns
 from popmm.adapters.base import find_decoder
-from popmm.adapters.vlm import Surroundings
 from popmm.budget import MAX_FFN_RATIO, RegionSizes, gate_sizes, ratio_of, region_sizes
 from popmm.config import PopConfig
 from popmm.decode import StaticCaches
-from popmm.experts import ON_MODULE, PrunedExperts, check_switched, dense_experts, switch_off, switch_on
+from popmm.experts import PrunedExperts
+from popmm.experts_interface import ON_MODULE, dense_experts, switch_off, switch_on
 from popmm.gate import gate_row_bytes
 from popmm.layout import choose_layout, shared_parameters, why_not_in_place
-from popmm.phase import Arguments, Phase, input_shape
+from popmm.phase import Phase
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
 from popmm.tower import PrunedTowerFFN, tower_ratio
+from popmm.wrappers import chunked, exclusive, phased, with_modalities
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ATTACHMENT = "_popmm_attachment"
@@ -175,12 +176,12 @@ def _build(
     decoder = description.decoder
     overrides: list[tuple[Any, str, Any]] = []
     if hasattr(model, "generate"):
-        overrides.append((model, "generate", _exclusive(model.generate, phase)))
+        overrides.append((model, "generate", exclusive(model.generate, phase)))
     caches = StaticCaches()
     if hasattr(model, "_prepare_static_cache"):
         overrides.append((model, "_prepare_static_cache", caches.wrap(model._prepare_static_cache)))
     if hasattr(model, "_prefill"):
-        overrides.append((model, "_prefill", _chunked(model._prefill, phase)))
+        overrides.append((model, "_prefill", chunked(model._prefill, phase)))
     hooks: list[Callable[[], Any]] = []
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
     for ffn in ffns:
@@ -197,10 +198,10 @@ def _build(
     if switches_experts:
         experts = [site.module for site in left_dense if site.is_experts]
         overrides += [(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
-    overrides.append((decoder, "forward", _phased(decoder, phase, switches_experts)))
+    overrides.append((decoder, "forward", phased(decoder, phase, switches_experts)))
     surroundings = find_surroundings(model)
     if surroundings is not None:
-        overrides.append((surroundings.module, "forward", _with_modalities(surroundings, phase)))
+        overrides.append((surroundings.module, "forward", with_modalities(surroundings, phase)))
     elif config.modality_balance is not None:
         raise ValueError(
             f"modality_balance={config.modality_balance}: this {type(model).__name__} reads text alone; leave it None"
@@ -214,66 +215,6 @@ def _gate_sizes(site: FFNSite, ratio: float, config: PopConfig) -> RegionSizes:
     full = weights.gate.element_size() * weights.d_model
     cost = gate_row_bytes(weights, config.gate_bits) / full
     return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost)
-
-
-def _phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable:
-    """The decoder's forward, run in the phase that each call is."""
-    forward = decoder.forward
-    read = Arguments(forward)
-    run = torch.compiler.disable(phase.run)
-
-    @functools.wraps(forward)
-    def phased_forward(*args, **kwargs):
-        arguments = read(args, kwargs)
-        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
-            return forward(*args, **kwargs)
-        if decoder.training:
-            raise RuntimeError("the model is in training mode: call model.eval(), or popmm.detach(model) to train")
-        if switches_experts:
-            check_switched(decoder)
-        return run(forward, args, kwargs, arguments)
-
-    return phased_forward
-
-
-def _with_modalities(surroundings: Surroundings, phase: Phase) -> Callable:
-    """The forward of the module around the decoder, which knows what the decoder cannot see: image tokens."""
-    forward = surroundings.module.forward
-    read = Arguments(forward)
-    run = torch.compiler.disable(phase.run_around)
-
-    @functools.wraps(forward)
-    def reading_forward(*args, **kwargs):
-        arguments = read(args, kwargs)
-        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
-            return forward(*args, **kwargs)
-        return run(forward, args, kwargs, lambda: surroundings.modalities(arguments))
-
-    return reading_forward
-
-
-def _exclusive(generate: Callable, phase: Phase) -> Callable:
-    """``generate``, refused to a second thread from its first token to its last."""
-
-    @functools.wraps(generate)
-    def exclusive_generate(*args, **kwargs):
-        with phase.exclusive("generate"):
-            return generate(*args, **kwargs)
-
-    return exclusive_generate
-
-
-def _chunked(prefill: Callable, phase: Phase) -> Callable:
-    """``generate``'s prefill, in which a last chunk of one token is told apart from a decode step."""
-
-    @functools.wraps(prefill)
-    def chunked_prefill(input_ids, generation_config, *args, **kwargs):
-        if generation_config.prefill_chunk_size is None:
-            return prefill(input_ids, generation_config, *args, **kwargs)
-        with phase.reading_prompt():
-            return prefill(input_ids, generation_config, *args, **kwargs)
-
-    return chunked_prefill
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -48,7 +48,8 @@ def qwen2_vl():
         vision_end_token_id=ids("<|vision_end|>"),
     )
     template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    published = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384})
+    processor = Qwen2VLProcessor(published, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
     return config, processor, (853 // 28) * (1280 // 28 + 1)
 
 

@@ -38,8 +38,8 @@ def encoded(tokenizer):
 
 
 def test_names_and_unknown_name():
-    assert zoo.names() == ["stories", "stories-moe"]
-    with pytest.raises(ValueError, match="no bundled model is called 'story': there are 'stories', 'stories-moe'"):
+    assert zoo.names() == ["shapes", "stories", "stories-moe"]
+    with pytest.raises(ValueError, match="no bundled model is called 'story': there are 'shapes', 'stories'"):
         zoo.load("story")
 
 

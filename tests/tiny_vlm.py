@@ -60,6 +60,7 @@ SIGLIP = dict(
     patch_size=7,
     vision_use_head=False,
 )
+QWEN2_TEXT = {**TEXT, "rope_parameters": MROPE}
 QWEN3_TEXT = {**TEXT, "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
 
 VLMS = {
@@ -77,12 +78,8 @@ VLMS = {
         video_token_index=VIDEO,
         image_grid_pinpoints=[[28, 56], [56, 28]],
     ),
-    "qwen2-vl": Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=QWEN2_VISION, **QWEN_TOKENS
-    ),
-    "qwen2.5-vl": Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=QWEN25_VISION, **QWEN_TOKENS
-    ),
+    "qwen2-vl": Qwen2VLConfig(text_config=QWEN2_TEXT, vision_config=QWEN2_VISION, **QWEN_TOKENS),
+    "qwen2.5-vl": Qwen2_5_VLConfig(text_config=QWEN2_TEXT, vision_config=QWEN25_VISION, **QWEN_TOKENS),
     "qwen3-vl": Qwen3VLConfig(text_config=QWEN3_TEXT, vision_config=QWEN3_VISION, **QWEN_TOKENS),
     "qwen3-vl-moe": Qwen3VLMoeConfig(
         text_config={

@@ -1,0 +1,73 @@
+"""What stands around an attached model's own calls, so that each runs in its phase."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from popmm.adapters.vlm import Surroundings
+from popmm.experts_interface import check_switched
+from popmm.phase import Arguments, Phase, input_shape
+
+
+def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable:
+    """The decoder's forward, run in the phase that each call is."""
+    forward = decoder.forward
+    read = Arguments(forward)
+    run = torch.compiler.disable(phase.run)
+
+    @functools.wraps(forward)
+    def phased_forward(*args, **kwargs):
+        arguments = read(args, kwargs)
+        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
+            return forward(*args, **kwargs)
+        if decoder.training:
+            raise RuntimeError("the model is in training mode: call model.eval(), or popmm.detach(model) to train")
+        if switches_experts:
+            check_switched(decoder)
+        return run(forward, args, kwargs, arguments)
+
+    return phased_forward
+
+
+def with_modalities(surroundings: Surroundings, phase: Phase) -> Callable:
+    """The forward of the module around the decoder, which knows what the decoder cannot see: image tokens."""
+    forward = surroundings.module.forward
+    read = Arguments(forward)
+    run = torch.compiler.disable(phase.run_around)
+
+    @functools.wraps(forward)
+    def reading_forward(*args, **kwargs):
+        arguments = read(args, kwargs)
+        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
+            return forward(*args, **kwargs)
+        return run(forward, args, kwargs, lambda: surroundings.modalities(arguments))
+
+    return reading_forward
+
+
+def exclusive(generate: Callable, phase: Phase) -> Callable:
+    """``generate``, refused to a second thread from its first token to its last."""
+
+    @functools.wraps(generate)
+    def exclusive_generate(*args, **kwargs):
+        with phase.exclusive("generate"):
+            return generate(*args, **kwargs)
+
+    return exclusive_generate
+
+
+def chunked(prefill: Callable, phase: Phase) -> Callable:
+    """``generate``'s prefill, in which a last chunk of one token is told apart from a decode step."""
+
+    @functools.wraps(prefill)
+    def chunked_prefill(input_ids, generation_config, *args, **kwargs):
+        if generation_config.prefill_chunk_size is None:
+            return prefill(input_ids, generation_config, *args, **kwargs)
+        with phase.reading_prompt():
+            return prefill(input_ids, generation_config, *args, **kwargs)
+
+    return chunked_prefill
