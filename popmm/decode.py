@@ -13,9 +13,20 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
+from torch import Tensor
 from transformers import StaticCache
 
+KEPT = 4  # caches, of different batch sizes and lengths
 BUCKET = 256  # cache lengths are rounded up to a multiple of this
+
+
+def fix_addresses(owner: object) -> None:
+    """Tells CUDA graphs that the tensors an object holds stay where they are: else each step would copy them."""
+    for value in vars(owner).values():
+        for t in value if isinstance(value, (tuple, list)) else (value, getattr(value, "rows", None)):
+            if isinstance(t, Tensor):
+                torch._dynamo.mark_static_address(t, guard=False)
 
 
 class StaticCaches:
@@ -44,6 +55,9 @@ class StaticCaches:
             model = getattr(prepare, "__self__", None)
             if model is not None:  # or else it would be as long as the longest so far
                 model.__dict__.pop("_previous_max_cache_length", None)
+            self._caches.pop(key, None)
+            while len(self._caches) >= KEPT:
+                del self._caches[next(iter(self._caches))]
             self._caches[key] = cache = prepare(*bound.args, **bound.kwargs)
             return cache
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from popmm import kernels
 from popmm.budget import RegionSizes
+from popmm.decode import fix_addresses
 from popmm.expert_linear import expert_linear
 from popmm.ffn import Combine, FFNWeights, best, down_norm
 from popmm.kernels.twin import quantise
@@ -66,7 +67,7 @@ class GateLayout:
         self.gate: Tensor | tuple | None = None  # [(E,) U, d_model], or (codes, scales)
         self.weights = None
         self._buffers: list[Tensor] = []
-        self._turned: list[tuple[torch.nn.Parameter, Tensor]] = []
+        self._turned: list[tuple[torch.nn.Parameter, tuple[int, ...]]] = []
         self._source: tuple | None = None
 
     @property
@@ -107,6 +108,7 @@ class GateLayout:
             if self.fill_mean:
                 self.mean = self._new(source.gate.new_zeros(*stack, u))
                 self.down_bias = self._new(source.gate.new_zeros(*stack, d_model))
+            fix_addresses(self)
             self._source = _identity(source)
 
     def fits(self, source: FFNWeights) -> bool:
@@ -217,8 +219,8 @@ class GateLayout:
     def release(self) -> None:
         """Drops the buffers and stores down as it was."""
         with torch.inference_mode(False), torch.no_grad():
-            for parameter, turned in self._turned:
-                if parameter.data_ptr() == turned.data_ptr():  # else it has been replaced or moved
+            for parameter, strides in self._turned:
+                if parameter.stride() == strides:  # else it has been replaced
                     parameter.data = parameter.data.contiguous()
         self._turned, self._buffers = [], []
         self.gate = self.up = self.down = self._source = None
@@ -233,9 +235,8 @@ class GateLayout:
 
     def _turn(self, down: Tensor) -> None:
         """Stores a down projection by channel; its shape and values stay."""
-        turned = down.data.mT.contiguous().mT
-        down.data = turned
-        self._turned.append((down, turned))
+        down.data = down.data.mT.contiguous().mT
+        self._turned.append((down, down.stride()))
 
 
 def gate_row_bytes(source: FFNWeights, bits: int) -> float:

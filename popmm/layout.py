@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from popmm.budget import RegionSizes
+from popmm.decode import fix_addresses
 from popmm.ffn import FFNWeights, down_norm
 from popmm.gate import GateLayout
 from popmm.partition import FFNPartition
@@ -68,6 +69,7 @@ class CopyLayout:
                 down_bias,
             )
             self.down_norm = self.norms.new_empty(*self.norms.shape[:-1], n)
+            fix_addresses(self)
 
     def fits(self, source: FFNWeights) -> bool:
         """Whether norms and buffers still belong to these weights: the model may have moved or been reloaded."""

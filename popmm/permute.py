@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from popmm.budget import RegionSizes
+from popmm.decode import fix_addresses
 from popmm.ffn import FFNWeights, down_norm
 from popmm.partition import FFNPartition
 
@@ -78,6 +79,7 @@ class PermuteLayout:
             self.norms = down_norm(source.down)
             if not self.sizes.is_dense:
                 self._slice(source)
+                fix_addresses(self)
             self._remember(source)
 
     def fits(self, source: FFNWeights) -> bool:

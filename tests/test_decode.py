@@ -96,3 +96,26 @@ def test_beams_and_detach(llama):
         assert llama._prepare_static_cache != plain
         llama.generate(tiny.prompt(9), **STATIC, num_beams=3)
     assert llama._prepare_static_cache == plain
+
+
+@pytest.mark.parametrize("selection", ["mask", "keep", "gate"])
+@pytest.mark.parametrize("layout", ["copy", "permute"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_no_weights_are_copied_into_a_graph(name, layout, selection):
+    """Inputs of a graph that are not known to stay where they are would be copied by CUDA graphs at each step."""
+    moving = []
+
+    def backend(graph, example_inputs, **options):
+        for node, value in zip((n for n in graph.graph.nodes if n.op == "placeholder"), example_inputs):
+            fixed = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and not fixed:
+                moving.append((node.name, tuple(value.shape)))
+        return graph.forward
+
+    model = tiny.dense(name) if name in tiny.DENSE else tiny.moe(name)
+    torch._dynamo.reset()
+    config = CONFIG.replace(selection=selection, layout=layout, fill="mean")
+    with popmm.pruned(model, config):
+        model.generate(tiny.prompt(9), **STATIC, compile_config=compiled(backend=backend))
+    assert moving and all("layout" not in name for name, _ in moving), moving
+    assert sum(torch.Size(shape).numel() for _, shape in moving) < 2000

@@ -41,6 +41,8 @@ def _quantised_dot(
 
 def _choose(score: Tensor, k: int) -> Tensor:
     score = score.float()
+    if score.is_cuda:
+        return score.topk(k, dim=-1, sorted=False)[1]
     return (native if native.serves(score) else twin).choose(score, k)
 
 
@@ -88,5 +90,5 @@ def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int
 
 
 def choose(score: Tensor, k: int) -> Tensor:
-    """Places of the k highest scores of each row ``[n, u]``, rising, int64 ``[n, k]``; ties to the lower place."""
+    """Places of the k highest scores of each row ``[n, u]``, int64 ``[n, k]``; on the CPU rising, ties to the lower."""
     return (_ops["_choose"] if torch.compiler.is_compiling() else _choose)(score, k)

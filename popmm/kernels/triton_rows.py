@@ -11,7 +11,7 @@ SPLITS = 16  # partial sums of gather_sum
 
 
 @triton.jit
-def _gather_dot(rows, index, x, out, stride, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gather_dot(rows, index, x, out, stride, k, d: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0)
     place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     chosen = tl.load(index + token * k + place, mask=place < k, other=0)
@@ -28,13 +28,15 @@ def _gather_dot(rows, index, x, out, stride, k, d, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _gather_sum(rows, index, h, parts, stride, k, d, n, PER_SPLIT, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gather_sum(
+    rows, index, h, parts, stride, k, d, n, PER_SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     token, split = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
     end = tl.minimum((split + 1) * PER_SPLIT, k)
-    for start in range(split * PER_SPLIT, end, ROWS):
-        place = start + tl.arange(0, ROWS)
+    for start in range(0, PER_SPLIT, ROWS):
+        place = split * PER_SPLIT + start + tl.arange(0, ROWS)
         valid = place < end
         chosen = tl.load(index + token * k + place, mask=valid, other=0)
         weight = tl.load(h + token * k + place, mask=valid, other=0)
@@ -47,7 +49,17 @@ def _gather_sum(rows, index, h, parts, stride, k, d, n, PER_SPLIT, ROWS: tl.cons
 
 @triton.jit
 def _quantised_dot(
-    codes, scale, x, block, out, r, d, groups, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr
+    codes,
+    scale,
+    x,
+    block,
+    out,
+    r,
+    d: tl.constexpr,
+    groups: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     token = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
