@@ -92,47 +92,63 @@ void gather_sum(const void *rows, int kind, int64_t stride, int64_t d, const int
     }
 }
 
-/* 16 signed codes as floats: int8, or the low or high nibbles of bytes, less 8 */
-typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1)));
 typedef uint8_t ubytes16 __attribute__((vector_size(16), aligned(1)));
+typedef int32_t ints __attribute__((vector_size(64)));
 
-static inline float group_dot(const uint8_t *c, int bits, const float *x, int64_t group) {
+/* unsigned bytes, less `zero`: in two steps, since GCC takes sixteen for one, and sixteen for signed bytes */
+static inline lanes to_floats(ubytes16 c, int32_t zero) {
+    return __builtin_convertvector(__builtin_convertvector(c, ints) - zero, lanes);
+}
+
+/* one group's products, lane by lane; what does not fill the lanes is added to `rest` */
+static inline lanes group_dot(const uint8_t *c, int bits, const float *x, int64_t group, float *rest) {
     lanes low = {0}, high = {0};
     const int64_t n = bits == 8 ? group : group / 2;
     int64_t i = 0;
-    float sum = 0;
     for (; i + LANES <= n; i += LANES) {
         if (bits == 8) {
-            low += __builtin_convertvector(*(const bytes16 *)(c + i), lanes) * *(const lanes *)(x + i);
+            low += to_floats(*(const ubytes16 *)(c + i) ^ 128, 128) * *(const lanes *)(x + i);
         } else { /* the first half of a group in the low nibbles, the second in the high ones */
             const ubytes16 both = *(const ubytes16 *)(c + i);
-            low += (__builtin_convertvector(both & 15, lanes) - 8.0f) * *(const lanes *)(x + i);
-            high += (__builtin_convertvector(both >> 4, lanes) - 8.0f) * *(const lanes *)(x + n + i);
+            low += to_floats(both & 15, 8) * *(const lanes *)(x + i);
+            high += to_floats(both >> 4, 8) * *(const lanes *)(x + n + i);
         }
     }
-    low += high;
-    for (int lane = 0; lane < LANES; lane++) sum += low[lane];
+    *rest = 0;
     for (; i < n; i++) {
-        if (bits == 8) sum += (float)(int8_t)c[i] * x[i];
-        else sum += (float)((c[i] & 15) - 8) * x[i] + (float)((c[i] >> 4) - 8) * x[n + i];
+        if (bits == 8) *rest += (float)(int8_t)c[i] * x[i];
+        else *rest += (float)((c[i] & 15) - 8) * x[i] + (float)((c[i] >> 4) - 8) * x[n + i];
     }
+    return low + high;
+}
+
+static inline float quantised_row(const uint8_t *c, const float *scale, int bits, const float *x, int64_t groups,
+                                  int64_t group) {
+    lanes total = {0};
+    float sum = 0, rest;
+    for (int64_t g = 0; g < groups; g++) {
+        total += scale[g] * group_dot(c + g * (group * bits / 8), bits, x + g * group, group, &rest);
+        sum += scale[g] * rest;
+    }
+    for (int lane = 0; lane < LANES; lane++) sum += total[lane];
     return sum;
 }
 
 /* out[n, r] = sum over groups of scale[row, group] * (codes[row, group] . x[n, group]), row = block[n] * n_rows + r */
 void quantised_dot(const uint8_t *codes, const float *scale, int bits, int64_t n_rows, int64_t d, int64_t group,
                    const float *x, const int64_t *block, int64_t n, float *out) {
-    const int64_t groups = d / group, bytes = group * bits / 8;
+    const int64_t groups = d / group, bytes = d * bits / 8;
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t t = 0; t < n; t++) {
         for (int64_t r = 0; r < n_rows; r++) {
             const int64_t row = block[t] * n_rows + r;
-            float sum = 0;
-            for (int64_t g = 0; g < groups; g++) {
-                const float *part = x + t * d + g * group;
-                const uint8_t *own = codes + (row * groups + g) * bytes;
-                sum += scale[row * groups + g] * (bits == 8 ? group_dot(own, 8, part, group) : group_dot(own, 4, part, group));
-            }
+            const uint8_t *c = codes + row * bytes;
+            const float *s = scale + row * groups, *own = x + t * d;
+            float sum;
+            /* the usual sizes as constants, so that the loops unroll */
+            if (bits == 4 && group == 64) sum = quantised_row(c, s, 4, own, groups, 64);
+            else if (bits == 8 && group == 64) sum = quantised_row(c, s, 8, own, groups, 64);
+            else sum = quantised_row(c, s, bits, own, groups, group);
             out[t * n_rows + r] = sum;
         }
     }
