@@ -62,6 +62,11 @@ def main():
         parser.error(str(error))
     torch.manual_seed(0)
     model, processor = load(args.model)
+    try:
+        with popmm.pruned(model, config):
+            pass
+    except ValueError as error:  # a ratio that this model cannot reach
+        parser.error(str(error))
     if args.image is None:  # a tour: dense and pruned, one after the other
         print(f"Picture: {popmm.zoo.picture()}")
         for question in BUNDLED_QUESTIONS:

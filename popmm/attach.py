@@ -18,8 +18,8 @@ from popmm.config import PopConfig
 from popmm.decode import StaticCaches
 from popmm.experts import PrunedExperts
 from popmm.experts_interface import ON_MODULE, dense_experts, switch_off, switch_on
-from popmm.gate import gate_row_bytes
-from popmm.layout import choose_layout, shared_parameters, why_not_in_place
+from popmm.gate import gate_group, gate_row_bytes
+from popmm.layout import Layout, choose_layout, shared_parameters, why_not_in_place
 from popmm.phase import Phase
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
@@ -130,6 +130,7 @@ class _Attachment:
             raise
 
     def remove(self) -> None:
+        self.phase.restore()  # may fail for want of memory: then the model is still attached
         if self.switched:
             self.switched = False
             switch_off(self.decoder)
@@ -148,7 +149,23 @@ class _Attachment:
 def _build(
     model: nn.Module, description: ModelDescription, config: PopConfig, sizes_of: Callable[..., RegionSizes]
 ) -> _Attachment:
-    """Everything that can fail, before anything of the model is touched."""
+    """Everything that can fail, before anything of the model is touched but, with ``gate``, how down is stored."""
+    layouts: list[Layout] = []
+    try:
+        return _wire(model, description, config, sizes_of, layouts)
+    except BaseException:
+        for layout in layouts:
+            layout.release()
+        raise
+
+
+def _wire(
+    model: nn.Module,
+    description: ModelDescription,
+    config: PopConfig,
+    sizes_of: Callable[..., RegionSizes],
+    layouts: list[Layout],
+) -> _Attachment:
     ratio = ratio_of(description, config)
     ffns, left_dense, shared = [], [], shared_parameters(model)
     # a module that several layers share is one FFN
@@ -161,8 +178,8 @@ def _build(
                 sizes = _gate_sizes(site, ratio, config)
             else:
                 sizes = sizes_of(site.weights().d_ff, ratio, config.candidate_fraction)
-            layout = choose_layout(site, sizes, config, why_not_in_place(site.module, shared))
-            ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layout))
+            layouts.append(choose_layout(site, sizes, config, why_not_in_place(site.module, shared)))
+            ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
         else:
             left_dense.append(site)
     phase = Phase(ffns)
@@ -213,6 +230,11 @@ def _build(
 def _gate_sizes(site: FFNSite, ratio: float, config: PopConfig) -> RegionSizes:
     weights = site.weights()
     full = weights.gate.element_size() * weights.d_model
+    if config.gate_bits < 16 and gate_group(weights.d_model) < 16:
+        raise ValueError(
+            f"gate_bits={config.gate_bits} quantises groups of 16 weights or more, and {site.name} has d_model="
+            f"{weights.d_model}, which 16 does not divide: give gate_bits=16"
+        )
     cost = gate_row_bytes(weights, config.gate_bits) / full
     return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from rich.console import Console
 
 from popmm.config import PopConfig
-from popmm.conversation import Answer, Conversation, speed
+from popmm.conversation import Answer, Conversation, check_chats, speed
 from popmm.images import open_image
 from popmm.report import human_bytes
 
@@ -47,7 +47,7 @@ class Chat:
     def run(self, lines: Iterable[str]) -> None:
         """Takes lines until ``/quit`` or their end."""
         for line in lines:
-            if line.strip() == "/quit":
+            if line.split()[:1] == ["/quit"]:
                 return
             if line.strip():
                 self.take(line.strip())
@@ -65,11 +65,15 @@ class Chat:
         except KeyboardInterrupt:
             self.console.print("\n[interrupted; the question is taken back]", style="dim", markup=False)
         except Exception as error:  # a chat survives what a model or file does
-            self.console.print(str(error).splitlines()[0] if str(error) else repr(error), style="red", markup=False)
+            text = str(error).splitlines()[0] if str(error) else repr(error)
+            if not line.startswith("/") and self.conversation.drop_pictures():
+                text += " (the new picture is dropped)"
+            self.console.print(text, style="red", markup=False)
 
     def image(self, source: str) -> None:
         if not source:
             raise ValueError("/image PATH: name a file or an http(s) address")
+        source = source.strip("'\"")  # as terminals paste paths
         picture, note = open_image(source)
         self.conversation.show(picture)
         size = f"{picture.width} x {picture.height} pixels"
@@ -82,7 +86,7 @@ class Chat:
             raise ValueError(f"/ratio {value}: give a number in [0, 1), such as 0.3") from None
         settings = self.settings.replace(pruning_ratio=ratio)
         self.conversation.config = settings
-        self.settings = settings
+        self.settings, self.last = settings, None
         read, dense = self.conversation.state.bytes_per_token()
         self.console.print(
             f"pruning_ratio {ratio:g}: reads {human_bytes(read)} of {human_bytes(dense)} FFN weights per token "
@@ -113,6 +117,7 @@ def chat(model, processor, config: PopConfig, sources: list[str], **generation) 
     Args:
         sources: files or addresses of pictures that come with the first question.
     """
+    check_chats(processor)
     console = Console(highlight=False)
     conversation = Conversation(model, processor, config, **generation)
     try:

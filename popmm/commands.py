@@ -179,6 +179,9 @@ def bench(args: argparse.Namespace) -> None:
     for name in ("batch", "prompt_tokens", "new_tokens", "rounds"):
         if getattr(args, name) < (8 if name == "new_tokens" else 1):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too few")
+    for file in (args.json, args.plot):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.parent}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.model is not None:
         model, _ = load_model(args.model, args.dtype, device)

@@ -93,7 +93,7 @@ class PopConfig:
                 raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
         if self.candidate_fraction is None and self.selection != "gate":
             object.__setattr__(self, "candidate_fraction", DEFAULT_CANDIDATE_FRACTION)
-        if self.gate_bits not in (16, 8, 4) or isinstance(self.gate_bits, bool):
+        if not isinstance(self.gate_bits, int) or self.gate_bits not in (16, 8, 4):
             raise ValueError(f"gate_bits={self.gate_bits!r}: give 16, 8 or 4")
         if self.gate_bits != 16 and (self.selection != "gate" or self.candidate_fraction is not None):
             raise ValueError(

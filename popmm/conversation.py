@@ -30,16 +30,21 @@ def takes_pictures(processor) -> bool:
     return getattr(processor, "image_processor", None) is not None
 
 
-def chat_inputs(processor, messages: list[dict], device) -> dict[str, Tensor]:
-    """Inputs of ``generate`` for messages in chat form, whose image parts hold pictures (``PIL.Image``)."""
+def check_chats(processor) -> None:
+    """Refuses a processor or tokenizer without a chat template."""
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             "this model's processor has no chat template: give an instruction-tuned model, such as "
             "Qwen/Qwen2.5-VL-3B-Instruct, or the bundled zoo:shapes"
         )
+
+
+def chat_inputs(processor, messages: list[dict], device) -> dict[str, Tensor]:
+    """Inputs of ``generate`` for messages in chat form, whose image parts hold pictures (``PIL.Image``)."""
     pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
     if pictures and not takes_pictures(processor):
         raise ValueError("this model reads text alone: give a vision-language model for questions about pictures")
+    check_chats(processor)
     if not takes_pictures(processor):
         messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -128,6 +133,11 @@ class Conversation:
         if not takes_pictures(self.processor):
             raise ValueError("this model reads text alone: give a vision-language model for pictures")
         self._waiting.append(picture)
+
+    def drop_pictures(self) -> int:
+        """Forgets pictures that wait for the next question; returns how many there were."""
+        n, self._waiting = len(self._waiting), []
+        return n
 
     def ask(self, question: str, stream: bool = False) -> Answer:
         """Asks about what was shown and said so far; ``stream`` prints the answer as it comes.

@@ -8,6 +8,7 @@ model is attached its caches come from here: lengths in buckets, memory used aga
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class StaticCaches:
 
     def __init__(self) -> None:
         self._caches: dict[tuple, StaticCache] = {}
+        self._collected: set[tuple] = set()
 
     def wrap(self, prepare: Callable[..., StaticCache]) -> Callable[..., StaticCache]:
         """transformers' ``_prepare_static_cache``, in buckets."""
@@ -47,12 +49,18 @@ class StaticCaches:
             # tensors made in inference mode cannot be written outside it
             key = (bound.arguments["batch_size"], length, str(bound.arguments["cache_implementation"]))
             key += (bound.arguments.get("prefill_chunk_size"), torch.is_inference_mode_enabled())
+            model = getattr(prepare, "__self__", None)
+            key += (getattr(model, "dtype", None), str(getattr(model, "device", None)))
             kept = self._caches.get(key)
-            if kept is not None and sys.getrefcount(kept) <= _ONLY_OURS:
+            free = kept is not None and sys.getrefcount(kept) <= _ONLY_OURS and not _parts_are_held(kept)
+            if kept is not None and not free and key not in self._collected:
+                self._collected.add(key)
+                gc.collect()  # a compilation leaves cycles that hold its arguments
+                free = sys.getrefcount(kept) <= _ONLY_OURS and not _parts_are_held(kept)
+            if free:
                 kept.__dict__.pop("_popmm_sequence", None)
                 kept.reset()
                 return kept
-            model = getattr(prepare, "__self__", None)
             if model is not None:  # or else it would be as long as the longest so far
                 model.__dict__.pop("_previous_max_cache_length", None)
             self._caches.pop(key, None)
@@ -75,4 +83,35 @@ def _references() -> int:
     return sys.getrefcount(kept)
 
 
+def _parts_are_held(cache: StaticCache) -> bool:
+    """Whether somebody holds a cache's layers or their tensors."""
+    if sys.getrefcount(cache.layers) > _AS_ATTRIBUTE:
+        return True
+    for layer in cache.layers:
+        held = sys.getrefcount(layer) > _ONLY_OURS
+        tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+        if held or any(sys.getrefcount(t) > _IN_LIST for t in tensors):
+            return True
+    return False
+
+
+class _Holder:
+    def __init__(self) -> None:
+        self.value = object()
+
+
+def _as_attribute() -> int:
+    holder = _Holder()
+    return sys.getrefcount(holder.value)
+
+
+def _in_list() -> int:
+    """Of an object that is an attribute, an element of a list and a loop's variable."""
+    holder = _Holder()
+    values = [*vars(holder).values()]
+    return max(sys.getrefcount(t) for t in values)
+
+
 _ONLY_OURS = _references()
+_AS_ATTRIBUTE = _as_attribute()
+_IN_LIST = _in_list()

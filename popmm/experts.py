@@ -35,6 +35,7 @@ class PrunedExperts(PrunedSite):
         w = self.site.weights()
         gate, up = (torch.linalg.vector_norm(rows, dim=-1).float() for rows in (w.gate, w.up))
         self.prior = self.layout.by_channel(gate * up * self.layout.norms)
+        self.up_prior = self.layout.by_channel(up)
 
     def refresh(self) -> None:
         before = self.layout.norms
@@ -84,6 +85,7 @@ class PrunedExperts(PrunedSite):
         prompt = self.phase.prompt
         if prompt is None:
             return self.dense_forward(x, index, weight)
+        self.refresh()
         pruning = self.config.prefill == "pruned" and not self.sizes.is_dense
 
         def observe(h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
@@ -107,9 +109,8 @@ class PrunedExperts(PrunedSite):
 
     def up_rms(self, pooled: ChannelStatistics) -> Tensor:
         """As importance: an expert that read few tokens leans on the norms of its up rows."""
-        prior = torch.linalg.vector_norm(self.site.weights().up, dim=-1).float()
         squares = ChannelStatistics(pooled.up_squares, pooled.total, pooled.tokens)
-        return blend_with_prior(squares, prior.to(pooled.squares.device), self.config.prior_tokens)
+        return blend_with_prior(squares, self.up_prior.to(pooled.squares.device), self.config.prior_tokens)
 
     def _decode_gate(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         experts, combine = index.flatten(), self.site.combine
@@ -124,7 +125,7 @@ class PrunedExperts(PrunedSite):
 
     def release(self) -> None:
         super().release()
-        self.prior = None
+        self.prior = self.up_prior = None
 
     def record(self, index: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,3 +86,18 @@ def down_norm(down: Tensor) -> Tensor:
     """``||W_down[:, i]||_2``, float32 ``[(E,) d_ff]``, from down ``[(E,) d_model, d_ff]``."""
     accumulate = torch.promote_types(down.dtype, torch.float32)
     return torch.linalg.vector_norm(down, dim=-2, dtype=accumulate).float()
+
+
+def gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
+    """``out = source`` taken at ``index`` along ``dim``; expert stacks have an index row per expert."""
+    source = source.detach()
+    if index.ndim == 1:
+        if source.device.type == "cpu" and dim == -1 and source.ndim == 2 and source.element_size() == 2:
+            # 5 times faster than index_select, which has no vectorised path for 16-bit columns
+            columns = source.view(torch.int16).numpy(), index.numpy()
+            np.take(*columns, axis=1, out=out.view(torch.int16).numpy(), mode="clip")
+            return
+        torch.index_select(source, dim, index.to(source.device), out=out)
+        return
+    for expert, row in enumerate(index):
+        gather(source[expert], row, dim, out[expert])

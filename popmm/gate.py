@@ -18,7 +18,7 @@ from popmm import kernels
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
 from popmm.expert_linear import expert_linear
-from popmm.ffn import Combine, FFNWeights, best, down_norm
+from popmm.ffn import Combine, FFNWeights, best, down_norm, gather
 from popmm.kernels.twin import quantise
 from popmm.partition import FFNPartition
 
@@ -140,8 +140,7 @@ class GateLayout:
             self.rms.copy_(rms.to(order.device).gather(-1, order))
             self.norm.copy_(self.norms.gather(-1, order))
             if self.bits == 16 and not self.all_channels:
-                rows = order.unsqueeze(-1).expand(*order.shape, source.d_model)
-                self.gate.copy_(source.gate.detach().gather(-2, rows))
+                gather(source.gate, order, -2, self.gate)
             for own, theirs in ((self.gate_bias, source.gate_bias), (self.up_bias, source.up_bias)):
                 if own is not None:
                     own.copy_(theirs.detach().gather(-1, order))
@@ -252,5 +251,5 @@ def _pick(values: Tensor, index: Tensor, experts: Tensor | None) -> Tensor:
 
 
 def _identity(source: FFNWeights) -> tuple:
-    down = source.down
-    return down.device, down.dtype, down.data_ptr(), None if down.is_inference() else down._version
+    weights = (source.gate, source.up, source.down)
+    return tuple((w.device, w.dtype, w.data_ptr(), None if w.is_inference() else w._version) for w in weights)

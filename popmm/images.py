@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import urllib.error
 import urllib.request
@@ -35,7 +36,7 @@ def open_image(source: str | Path) -> tuple[Image, str]:
     except ImportError as error:
         raise RuntimeError("pictures need pillow: pip install 'popmm[vision]'") from error
     name = str(source)
-    data = _download(name) if name.startswith(_WEB) else _read(Path(name).expanduser())
+    data = _download(name) if name.lower().startswith(_WEB) else _read(name)
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
@@ -55,25 +56,26 @@ def open_image(source: str | Path) -> tuple[Image, str]:
     return _to_rgb(image, name)
 
 
-def _read(path: Path) -> bytes:
-    if not path.exists():
-        raise ValueError(f"there is no file {path}: give the path of a picture, or an http(s) address")
-    if not path.is_file():
-        raise ValueError(f"{path} is no file: give the path of a picture")
+def _read(name: str) -> bytes:
     try:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise ValueError(f"there is no file {name}: give the path of a picture, or an http(s) address")
+        if not path.is_file():
+            raise ValueError(f"{name} is no file: give the path of a picture")
         return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user
+        raise ValueError(f"{name[:80]} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _download(address: str) -> bytes:
-    request = urllib.request.Request(address, headers={"User-Agent": "popmm"})
     try:
+        request = urllib.request.Request(address, headers={"User-Agent": "popmm"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             return response.read()
     except urllib.error.HTTPError as error:
         raise ValueError(f"{address} answered {error.code} {error.reason}: check the address") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{address} cannot be reached ({reason}): check the network, or give a file") from None
 
@@ -93,8 +95,10 @@ def _to_rgb(image: Image, name: str) -> tuple[Image, str]:
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"{name} has mode {mode} with values outside 0 to 65535: save it as 8-bit RGB")
-        wide = values.max() > 255 or mode != "F"
-        values = values / 257 if wide else values
+        if values.max() > 255 or mode.startswith("I;16"):
+            values = values / 257
+        elif values.max() <= 1 and mode == "F":
+            values = values * 255
         return Image.fromarray(values.round().astype(np.uint8)).convert("RGB"), note
     if image.has_transparency_data:
         image = image.convert("RGBA")

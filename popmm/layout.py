@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
-from popmm.ffn import FFNWeights, down_norm
+from popmm.ffn import FFNWeights, down_norm, gather
 from popmm.gate import GateLayout
 from popmm.partition import FFNPartition
 from popmm.permute import PermuteLayout
@@ -88,15 +87,15 @@ class CopyLayout:
         with torch.inference_mode(False), torch.no_grad():
             order = order.clone()
             for own, theirs in ((mine.gate, source.gate), (mine.up, source.up)):
-                _gather(theirs, order, -2, own)
-            _gather(source.down, order, -1, mine.down)
+                gather(theirs, order, -2, own)
+            gather(source.down, order, -1, mine.down)
             for own, theirs in ((mine.gate_bias, source.gate_bias), (mine.up_bias, source.up_bias)):
                 if own is not None:
-                    _gather(theirs, order, -1, own)
-            _gather(self.norms, order, -1, self.down_norm)
+                    gather(theirs, order, -1, own)
+            gather(self.norms, order, -1, self.down_norm)
             if self.fill_mean:
                 mean = mean.clone()
-                _gather(mean.to(self.mean.dtype), order, -1, self.mean)
+                gather(mean.to(self.mean.dtype), order, -1, self.mean)
                 pruned = torch.zeros_like(mean).scatter_(-1, partition.pruned.clone(), 1.0) * mean
                 constant = (source.down @ pruned.to(source.down.dtype).unsqueeze(-1)).squeeze(-1)
                 mine.down_bias.copy_(constant if source.down_bias is None else constant + source.down_bias)
@@ -127,21 +126,6 @@ class CopyLayout:
 def _identity(w: Tensor) -> tuple:
     version = None if w.is_inference() else w._version
     return w.device, w.dtype, w.data_ptr(), version
-
-
-def _gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
-    """``out = source`` taken at ``index`` along ``dim``; expert stacks have an index row per expert."""
-    source = source.detach()
-    if index.ndim == 1:
-        if source.device.type == "cpu" and dim == -1 and source.ndim == 2 and source.element_size() == 2:
-            # 5 times faster than index_select, which has no vectorised path for 16-bit columns
-            columns = source.view(torch.int16).numpy(), index.numpy()
-            np.take(*columns, axis=1, out=out.view(torch.int16).numpy(), mode="clip")
-            return
-        torch.index_select(source, dim, index.to(source.device), out=out)
-        return
-    for expert, row in enumerate(index):
-        _gather(source[expert], row, dim, out[expert])
 
 
 Layout = CopyLayout | PermuteLayout | GateLayout

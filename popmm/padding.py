@@ -32,6 +32,13 @@ def counted_tokens(attention_mask, shape: tuple[int, int], past: int) -> Tensor 
     return None if counted.all() else counted
 
 
+def first_copies(counted: Tensor | None, shape: tuple[int, int], copies: int) -> Tensor:
+    """``counted`` without the second and later copies of each prompt: beams must not count its tokens again."""
+    first = torch.arange(shape[0], device=None if counted is None else counted.device) % copies == 0
+    first = first.unsqueeze(-1).expand(shape)
+    return first if counted is None else counted & first
+
+
 def _last_columns(mask: Tensor, n_tokens: int, past: int) -> Tensor:
     """Columns of the new tokens: a mask may cover the cache, a longer static cache, or the new tokens alone."""
     if mask.shape[-1] >= past + n_tokens:

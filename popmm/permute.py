@@ -68,15 +68,18 @@ class PermuteLayout:
         self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels as they lie
         self.order: Tensor | None = None  # int64 [(E,) d_ff], on the CPU: the channel at each position
         self._module, self._views = module, views
+        self._marks: list[Tensor] = []  # norms of gate rows, up rows and down columns as they lie
         self._contents: list | None = None
         self._place: tuple | None = None
 
     def allocate(self, source: FFNWeights) -> None:
         """Reads the norms of the weights; weights that were replaced are in the model's own order."""
         with torch.inference_mode(False), torch.no_grad():
-            if not self._are_ours():
+            self._settle(source)
+            if self.order is None:
                 self.order = torch.arange(source.d_ff, device="cpu").expand(source.gate.shape[:-1]).clone()
             self.norms = down_norm(source.down)
+            self._marks = _marks(source)
             if not self.sizes.is_dense:
                 self._slice(source)
                 fix_addresses(self)
@@ -124,11 +127,12 @@ class PermuteLayout:
     def release(self) -> None:
         """Puts every channel back where it was, unless the weights have been replaced."""
         with torch.inference_mode(False), torch.no_grad():
-            if self._are_ours():
-                order = _stacked(self.order)
-                expert, place = (order != torch.arange(order.shape[-1])).nonzero().unbind(1)
-                self._move(self._views(), expert, place, order[expert, place])
-        self.weights = self.down_norm = self.mean = self._contents = None
+            if self._contents is not None:
+                source = self._views()
+                self._settle(source)
+                if self.order is not None:
+                    self._move(source, *self._way_home())
+        self.weights = self.down_norm = self.mean = self.order = self._contents = None
 
     def bytes(self) -> int:
         """Memory held beside the model's own weights."""
@@ -142,7 +146,11 @@ class PermuteLayout:
         if not len(here):
             return
         rows = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias, self.norms, self.order]
-        rows = [t.detach() for t in rows if t is not None]
+        rows = [t.detach() for t in [*rows, *self._marks] if t is not None]
+        self._move_rows(rows, expert, here, there)
+        self._remember(source)
+
+    def _move_rows(self, rows: list[Tensor], expert: Tensor, here: Tensor, there: Tensor) -> None:
         stacked = self.order.ndim == 2
 
         def at(t: Tensor, place: Tensor) -> tuple[Tensor, ...]:
@@ -164,8 +172,6 @@ class PermuteLayout:
                 for t in done:  # whole, so moving back undoes it
                     t[at(t, here)] = t[at(t, there)]
                 raise
-            finally:
-                self._remember(source)
 
     def _slice(self, source: FFNWeights) -> None:
         n = self.sizes.read
@@ -195,8 +201,33 @@ class PermuteLayout:
         constant = (source.down.detach()[..., n:] @ pruned).squeeze(-1)
         self.weights.down_bias.copy_(constant if source.down_bias is None else constant + source.down_bias)
 
+    def _way_home(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Moves that put every channel back where it was."""
+        order = _stacked(self.order)
+        expert, place = (order != torch.arange(order.shape[-1])).nonzero().unbind(1)
+        return expert, place, order[expert, place]
+
+    def _settle(self, source: FFNWeights) -> None:
+        """Finds out what lies in weights that somebody has written since.
+
+        What still has the norms that we left, channel by channel, is in our order (a move to another device or dtype,
+        a write that changed nothing or little). What has not was loaded, in the model's own order: then the
+        rest follows it there.
+        """
+        if self._contents is None or self.order is None or self._are_ours():
+            return
+        ours = [_resembles(mark, now) for mark, now in zip(self._marks, _marks(source))]
+        if not all(ours):
+            biases = [source.gate_bias, source.up_bias]
+            weights = [source.gate, source.up, source.down.mT]
+            stay = [t for t, is_ours in zip(weights, ours) if is_ours]
+            stay += [b for b, is_ours in zip(biases, ours) if is_ours and b is not None]
+            self._move_rows([t.detach() for t in stay], *self._way_home())
+            self.order = None
+        self._remember(source)
+
     def _are_ours(self) -> bool:
-        """Whether the weights hold what we left in them. A move to another device or dtype keeps the order."""
+        """Whether nobody has written the weights since we did."""
         return self._contents is not None and self._contents == _contents(self._module)
 
     def _remember(self, source: FFNWeights) -> None:
@@ -209,6 +240,18 @@ def _contents(module: nn.Module) -> list:
 
 def _place(source: FFNWeights) -> tuple:
     return source.down.device, source.down.dtype, source.down.data_ptr()
+
+
+def _marks(source: FFNWeights) -> list[Tensor]:
+    rows = (source.gate, source.up, source.down.mT)
+    return [torch.linalg.vector_norm(w.detach().float(), dim=-1) for w in rows]
+
+
+def _resembles(before: Tensor, now: Tensor) -> bool:
+    """Whether norms are those of before but for rounding and a common factor."""
+    before, now = before.to(now.device).double(), now.double()
+    a, b = before - before.mean(), now - now.mean()
+    return bool(torch.allclose(before, now, rtol=1e-2) or (a * b).sum() > 0.99 * a.norm() * b.norm())
 
 
 def _stacked(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from popmm.modality import JointStatistics, token_groups
-from popmm.padding import counted_tokens
+from popmm.padding import counted_tokens, first_copies
 
 if TYPE_CHECKING:
     from popmm.site import PrunedSite
@@ -130,6 +130,7 @@ class Phase:
         self.prompt: PromptPass | None = None
         self.shape = (0, 0)
         self.in_prompt = False
+        self.copies = 1  # of each prompt in the batch, one after the other: beams, several sequences
         self.simulating = False
         self._read_modalities: Callable[[], dict[str, Tensor]] | None = None
         self._ffns = ffns
@@ -149,6 +150,12 @@ class Phase:
             self._active, self.decoding = None, False
             for ffn in self._ffns:
                 ffn.partition = None
+
+    def restore(self) -> None:
+        """Gives the weights their own order back and frees what decode needed; the model runs dense from here on."""
+        self._active, self.decoding = None, False
+        for ffn in self._ffns:
+            ffn.layout.release()
 
     def release(self) -> None:
         """Frees what decode needed; partitions stay readable."""
@@ -186,6 +193,8 @@ class Phase:
                 raise ValueError("the prompt is empty: attention_mask leaves no token of it")
             sequence = known if past and known is not None else Sequence(self._owner)
             sequence.crop(past)
+            if self.copies > 1 and shape[0] % self.copies == 0:
+                counted = first_copies(counted, shape, self.copies)
             groups = token_groups(counted, self._modalities(shape))
             return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, past, groups), cache)
 

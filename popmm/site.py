@@ -136,6 +136,8 @@ class PrunedFFN(PrunedSite):
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the module's forward: dense at prefill, pruned at decode."""
         if not self.phase.decoding:
+            if self.phase.prompt is not None:
+                self.refresh()
             return self.read(x) if self.wants_up else self.dense_forward(x)
         y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
         if self.trace is not None:

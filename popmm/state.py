@@ -71,6 +71,8 @@ class PartitionState:
     def reset(self) -> None:
         """Forgets the partition and all statistics: the next pass is read as a new prompt."""
         self._phase.reset()
+        for ffn in self._tower:
+            ffn.partition = None
 
     def bytes_per_token(self) -> tuple[int, int]:
         """(pruned, dense): FFN weight bytes that one decoded token reads at batch 1.

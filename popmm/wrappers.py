@@ -55,7 +55,13 @@ def exclusive(generate: Callable, phase: Phase) -> Callable:
     @functools.wraps(generate)
     def exclusive_generate(*args, **kwargs):
         with phase.exclusive("generate"):
-            return generate(*args, **kwargs)
+            config = kwargs.get("generation_config") or generate.__self__.generation_config
+            names = ("num_beams", "num_return_sequences")
+            phase.copies = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                phase.copies = 1
 
     return exclusive_generate
 

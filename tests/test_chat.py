@@ -186,6 +186,26 @@ def test_text_models_refuse_pictures_and_need_a_template(talk):
     text.close()
 
 
+def test_a_picture_that_fails_a_question_is_dropped(room, talk, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no such shape")
+
+    room.take(f"/image '{zoo.picture()}'")
+    with monkeypatch.context() as patch:
+        patch.setattr("popmm.conversation.clocked_generate", fail)
+        room.take("Describe the picture.")
+    assert "no such shape (the new picture is dropped)" in said(room)
+    room.take("Hello.")
+    assert room.last is not None and modality_counts(talk).keys() == {"text"}
+
+
+def test_models_without_a_template_are_refused_at_once(capsys):
+    assert main(["chat", "--model", "zoo:stories"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert main(["inspect", "--model", "zoo:stories", "--image", str(zoo.picture())]) == 2
+    assert "reads text alone" in capsys.readouterr().err
+
+
 def test_closing_detaches(loaded):
     talk = Conversation(*loaded, CONFIG)
     talk.close()

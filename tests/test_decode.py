@@ -73,6 +73,30 @@ def test_a_cache_that_somebody_holds_is_not_used_again(llama):
         assert torch.equal(held.layers[0].keys, keys)
 
 
+@pytest.mark.parametrize("part", [lambda c: c.layers, lambda c: c.layers[1], lambda c: c.layers[0].values], ids="abc")
+def test_a_cache_whose_parts_are_held_is_not_used_again(llama, part):
+    with popmm.pruned(llama, CONFIG):
+        held = part(cache_of(llama, tiny.prompt(9)))
+        first = held if isinstance(held, torch.Tensor) else (held[0] if isinstance(held, list) else held).keys
+        before = first.clone()
+        cache_of(llama, tiny.prompt(9, seed=5))
+        assert torch.equal(first, before)
+
+
+def test_compiled_calls_use_their_cache_again(llama):
+    torch._dynamo.reset()
+    with popmm.pruned(llama, CONFIG):
+        found = {tuple(addresses(cache_of(llama, tiny.prompt(n), compile_config=compiled()))) for n in (5, 9, 12)}
+    assert len(found) == 1
+
+
+def test_a_model_moved_to_another_dtype_gets_another_cache(llama):
+    with popmm.pruned(llama, CONFIG):
+        llama.generate(tiny.prompt(9), **STATIC)
+        llama.to(torch.bfloat16)
+        llama.generate(tiny.prompt(9), **STATIC)
+
+
 def test_tokens_are_those_of_fresh_caches(llama):
     prompts = [tiny.prompt(n, batch=b, seed=n) for n, b in ((5, 1), (9, 2), (4, 1), (11, 2), (5, 1))]
     with popmm.pruned(llama, CONFIG):

@@ -267,3 +267,30 @@ def test_compiled_steps_serve_all_prompts():
                 assert torch.equal(model.generate(ids, **how, compile_config=compile_config), eager)
                 graphs.append(counters["stats"]["unique_graphs"])
         assert graphs == [graphs[0]] * len(prompts), name
+
+
+@pytest.mark.parametrize("settings", [{"modality_balance": 0.5}, {"vision": "prune"}])
+def test_a_failed_attach_leaves_down_as_it_was_stored(settings):
+    model = build("llama")
+    strides = [p.stride() for p in model.parameters()]
+    with pytest.raises(ValueError):
+        popmm.attach(model, CONFIG.replace(layout="permute", **settings))
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+def test_quantised_rows_follow_the_weights():
+    model, ids = build("llama"), tiny.prompt(9)
+    with popmm.pruned(model, CONFIG.replace(gate_bits=8)), torch.no_grad():
+        model.generate(ids, max_new_tokens=2)
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight.mul_(-1)
+        found = model.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with popmm.pruned(model, CONFIG.replace(gate_bits=8)):
+        fresh = model.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert all(map(torch.equal, found.logits, fresh.logits))
+
+
+def test_widths_that_cannot_be_quantised_are_named():
+    model = tiny.dense("llama", hidden_size=36, num_attention_heads=3, num_key_value_heads=3, head_dim=12)
+    with pytest.raises(ValueError, match="gate_bits=4 quantises groups of 16 weights or more, and model"):
+        popmm.attach(model, CONFIG.replace(gate_bits=4))

@@ -89,9 +89,22 @@ def no_picture(tmp_path):
             r"http://127\.0\.0\.1:9/picture\.png cannot be reached \(.*\): check",
         ),
         (lambda _: "https://", r"https:// cannot be reached"),
+        (lambda _: "http://a b/c.png", r"http://a b/c\.png cannot be reached \(.*\): check"),
+        (lambda _: "http://[bad", r"http://\[bad cannot be reached"),
+        (lambda _: "HTTP://127.0.0.1:9/p.png", r"cannot be reached"),
+        (lambda _: "x" * 5000, r"^x{80} cannot be read: File name too long"),
+        (lambda _: "~nobody-of-this-name/x.png", r"~nobody-of-this-name/x\.png"),
     ],
 )
 def test_what_cannot_be_looked_at_is_named(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_image(make(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scale, dtype", [(255, np.int32), (65535, np.int32), (1, np.float32), (255, np.float32)])
+def test_32_bit_values_are_scaled_by_their_range(tmp_path, scale, dtype):
+    values = np.linspace(0, 1, 1200).reshape(30, 40)
+    image, note = open_image(save(tmp_path, Image.fromarray((values * scale).astype(dtype)), "p.tif"))
+    assert "converted to RGB" in note
+    assert abs(np.asarray(image)[..., 0].astype(int) - 255 * values).max() <= 1

@@ -178,6 +178,57 @@ def test_reloaded_weights_are_taken_as_they_come(llama, assign):
     assert_same_bytes(llama, weights(other))
 
 
+@pytest.mark.parametrize("part", ["down_proj", "gate_proj", "up_proj"])
+def test_a_part_that_is_loaded_again_takes_the_rest_with_it(llama, part):
+    before, ids = weights(llama), tiny.prompt(9)
+    dense = llama(ids).logits
+    with popmm.pruned(llama, CONFIG):
+        llama.generate(ids, max_new_tokens=2)
+        llama.load_state_dict({k: v for k, v in before.items() if part in k}, strict=False)
+        torch.testing.assert_close(llama(ids).logits, dense, atol=2e-5, rtol=1e-4)
+        llama.generate(ids, max_new_tokens=2)
+    assert_same_bytes(llama, before)
+
+
+def test_writes_that_change_nothing_keep_the_order(llama):
+    before = weights(llama)
+    with popmm.pruned(llama, CONFIG), torch.no_grad():
+        llama.generate(tiny.prompt(9), max_new_tokens=2)
+        llama.model.layers[0].mlp.down_proj.weight.mul_(1)
+        llama.load_state_dict({k: v.clone() for k, v in llama.state_dict().items()})
+        llama.generate(tiny.prompt(7), max_new_tokens=2)
+        llama.model.layers[1].mlp.up_proj.weight.mul_(1)
+    assert_same_bytes(llama, before)
+
+
+def test_swapping_parameters_keeps_the_order(llama):
+    before = weights(llama)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with popmm.pruned(llama, CONFIG):
+            llama.generate(tiny.prompt(9), max_new_tokens=2)
+            llama.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_same_bytes(llama, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_detach_that_fails_can_be_tried_again(name):
+    model = MODELS[name]()
+    before = weights(model)
+    popmm.attach(model, CONFIG)
+    model.generate(tiny.prompt(9), max_new_tokens=2, do_sample=False)
+    with pytest.raises(RuntimeError, match="out of memory"), FailsAt(5, RuntimeError("out of memory")):
+        popmm.detach(model)
+    model.generate(tiny.prompt(9), max_new_tokens=2, do_sample=False)
+    with pytest.raises(RuntimeError, match="out of memory"), FailsAt(5, RuntimeError("out of memory")):
+        popmm.detach(model)
+    popmm.detach(model)
+    assert_same_bytes(model, before)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
 def test_a_model_moved_to_another_dtype_comes_back_in_its_own_order(llama):
     before = weights(llama)
     with popmm.pruned(llama, CONFIG):

@@ -327,3 +327,26 @@ def test_text_models_refuse_settings_for_pictures(llama, settings, message):
 def test_bad_modality_balance(value):
     with pytest.raises(ValueError, match="modality_balance=.*give the text tokens' share"):
         popmm.PopConfig(modality_balance=value)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen3-vl-moe"])
+def test_beams_and_several_answers_count_a_prompt_once(name, how):
+    model = tiny_vlm.build(name)
+    batch = tiny_vlm.inputs(model, name, [1])
+    found = []
+    with popmm.pruned(model, CONFIG.replace(prior_tokens=32)) as state:
+        for settings in ({}, how):
+            model.generate(**batch, max_new_tokens=2, **settings)
+            p = next(iter(state.layers.values()))
+            found.append((p.tokens.tolist(), p.retained.tolist(), p.tokens_by_modality["image"].tolist()))
+    assert found[0] == found[1]
+
+
+def test_reset_forgets_the_vision_tower_too():
+    model = tiny_vlm.build("llava")
+    with popmm.pruned(model, CONFIG.replace(vision="prune")) as state:
+        model.generate(**tiny_vlm.inputs(model, "llava", [1]), max_new_tokens=1)
+        assert state.vision
+        state.reset()
+        assert not state.vision and not state.layers

@@ -36,7 +36,8 @@ def _gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
 def _quantised_dot(
     codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int
 ) -> Tensor:
-    return _room(scale).quantised_dot(codes, scale, x, bits, group, block, n_rows).to(x.dtype)
+    room = _room(x.float() if x.device.type == "cpu" else scale)
+    return room.quantised_dot(codes, scale, x, bits, group, block, n_rows).to(x.dtype)
 
 
 def _choose(score: Tensor, k: int) -> Tensor:

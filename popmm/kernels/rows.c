@@ -122,20 +122,29 @@ static inline lanes group_dot(const uint8_t *c, int bits, const float *x, int64_
     return low + high;
 }
 
-static inline float quantised_row(const uint8_t *c, const float *scale, int bits, const float *x, int64_t groups,
+/* float16, not negative */
+static inline float from_half(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 13;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f * 0x1p112f;
+}
+
+static inline float quantised_row(const uint8_t *c, const uint16_t *scale, int bits, const float *x, int64_t groups,
                                   int64_t group) {
     lanes total = {0};
     float sum = 0, rest;
     for (int64_t g = 0; g < groups; g++) {
-        total += scale[g] * group_dot(c + g * (group * bits / 8), bits, x + g * group, group, &rest);
-        sum += scale[g] * rest;
+        const float s = from_half(scale[g]);
+        total += s * group_dot(c + g * (group * bits / 8), bits, x + g * group, group, &rest);
+        sum += s * rest;
     }
     for (int lane = 0; lane < LANES; lane++) sum += total[lane];
     return sum;
 }
 
 /* out[n, r] = sum over groups of scale[row, group] * (codes[row, group] . x[n, group]), row = block[n] * n_rows + r */
-void quantised_dot(const uint8_t *codes, const float *scale, int bits, int64_t n_rows, int64_t d, int64_t group,
+void quantised_dot(const uint8_t *codes, const uint16_t *scale, int bits, int64_t n_rows, int64_t d, int64_t group,
                    const float *x, const int64_t *block, int64_t n, float *out) {
     const int64_t groups = d / group, bytes = d * bits / 8;
 #pragma omp parallel for schedule(static) collapse(2)
@@ -143,7 +152,8 @@ void quantised_dot(const uint8_t *codes, const float *scale, int bits, int64_t n
         for (int64_t r = 0; r < n_rows; r++) {
             const int64_t row = block[t] * n_rows + r;
             const uint8_t *c = codes + row * bytes;
-            const float *s = scale + row * groups, *own = x + t * d;
+            const uint16_t *s = scale + row * groups;
+            const float *own = x + t * d;
             float sum;
             /* the usual sizes as constants, so that the loops unroll */
             if (bits == 4 && group == 64) sum = quantised_row(c, s, 4, own, groups, 64);

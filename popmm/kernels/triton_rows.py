@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -69,7 +71,7 @@ def _quantised_dot(
     scale += first * groups
     total = tl.zeros([ROWS], dtype=tl.float32)
     for g in range(0, groups):
-        s = tl.load(scale + row * groups + g, mask=valid, other=0)
+        s = tl.load(scale + row * groups + g, mask=valid, other=0).to(tl.float32)
         if BITS == 8:
             column = tl.arange(0, GROUP)
             c = tl.load(codes + row[:, None] * d + g * GROUP + column[None, :], mask=valid[:, None], other=0)
@@ -86,12 +88,18 @@ def _quantised_dot(
     tl.store(out + token * r + row, total, mask=valid)
 
 
+def _device(t: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
 def gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
     index, x = index.contiguous(), x.contiguous()
     n, k = index.shape
     out = torch.empty(n, k, dtype=torch.float32, device=x.device)
     grid = (n, triton.cdiv(k, 8))
-    _gather_dot[grid](rows, index, x, out, rows.stride(0), k, rows.shape[1], ROWS=8, COLUMNS=512)
+    with _device(x):
+        _gather_dot[grid](rows, index, x, out, rows.stride(0), k, rows.shape[1], ROWS=8, COLUMNS=512)
     return out
 
 
@@ -102,7 +110,8 @@ def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
     parts = torch.empty(SPLITS, n, d, dtype=torch.float32, device=h.device)
     per_split = triton.cdiv(k, SPLITS)
     grid = (n, triton.cdiv(d, 256), SPLITS)
-    _gather_sum[grid](rows, index, h, parts, rows.stride(0), k, d, n, per_split, ROWS=16, COLUMNS=256)
+    with _device(h):
+        _gather_sum[grid](rows, index, h, parts, rows.stride(0), k, d, n, per_split, ROWS=16, COLUMNS=256)
     return parts.sum(0)
 
 
@@ -111,7 +120,8 @@ def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int
     n, d = x.shape
     r = n_rows
     out = torch.empty(n, r, dtype=torch.float32, device=x.device)
-    _quantised_dot[(n, triton.cdiv(r, 16))](
-        codes, scale, x, block, out, r, d, d // group, BITS=bits, GROUP=group, ROWS=16
-    )
+    with _device(x):
+        _quantised_dot[(n, triton.cdiv(r, 16))](
+            codes, scale, x, block, out, r, d, d // group, BITS=bits, GROUP=group, ROWS=16
+        )
     return out

@@ -32,13 +32,13 @@ def quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         codes, int8 ``[n, d]`` for 8 bits, uint8 ``[n, d / 2]`` for 4 (the first half of a group in the low
-        nibbles, the second half in the high ones, 8 added); and scales, float32 ``[n, d / group]``, rounded to 16 bits.
+        nibbles, the second half in the high ones, 8 added); and scales, float16 ``[n, d / group]``.
     """
     n, d = rows.shape
     parts = rows.float().view(n, d // group, group)
     highest = 2 ** (bits - 1) - 1
-    scale = (parts.abs().amax(-1) / highest).clamp(min=1e-7).half().float()
-    codes = (parts / scale.unsqueeze(-1)).round().clamp(-highest - 1, highest)
+    scale = (parts.abs().amax(-1) / highest).half().clamp(min=6e-8)
+    codes = (parts / scale.float().unsqueeze(-1)).round().clamp(-highest - 1, highest)
     if bits == 8:
         return codes.to(torch.int8).view(n, d), scale
     low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
@@ -51,4 +51,4 @@ def dequantise(codes: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
     if bits == 4:
         packed = codes.view(n, groups, group // 2)
         codes = torch.cat([packed & 15, packed >> 4], dim=-1).to(torch.int8) - 8
-    return (codes.view(n, groups, group).float() * scale.unsqueeze(-1)).view(n, groups * group)
+    return (codes.view(n, groups, group).float() * scale.float().unsqueeze(-1)).view(n, groups * group)
