@@ -15,7 +15,7 @@ import popmm
 from popmm.chat import chat
 from popmm.images import open_image
 
-BUNDLED_QUESTIONS = ("Describe the picture.", "How many circles are there?")
+BUNDLED_QUESTIONS = ("Describe the picture.", "How many shapes are there?")
 
 
 def load(name):

@@ -10,6 +10,7 @@ from rich.console import Console
 from popmm.config import PopConfig
 
 PICTURE_PROMPT = "What is in the picture?"
+CHAT_RATIO = 0.2  # answers should be right before they are fast
 DEMO_PROMPT = "Once upon a time there was a little girl named Lily. She had a red ball and"
 SECOND_PROMPT = "The old man looked at the sea. He wanted to catch a fish, but the waves were big and"
 
@@ -70,6 +71,8 @@ def chat(args: argparse.Namespace) -> None:
     from popmm import zoo
     from popmm.chat import chat
 
+    if args.pruning_ratio is None and args.ffn_ratio is None:
+        args.pruning_ratio = CHAT_RATIO
     config, settings = config_from(args), generation_settings(args)
     model, processor = load_from(args)
     sources = args.image or ([str(zoo.picture())] if args.model == "zoo:shapes" else [])

@@ -152,10 +152,14 @@ class Phase:
                 ffn.partition = None
 
     def restore(self) -> None:
-        """Gives the weights their own order back and frees what decode needed; the model runs dense from here on."""
-        self._active, self.decoding = None, False
-        for ffn in self._ffns:
-            ffn.layout.release()
+        """Gives the weights their own order back and frees what decode needed; partitions stay readable."""
+        self.decoding = False
+        try:
+            for ffn in self._ffns:
+                ffn.layout.release()
+        except BaseException:
+            self._active = None  # some FFNs can decode no more: the model is dense until its next prompt
+            raise
 
     def release(self) -> None:
         """Frees what decode needed; partitions stay readable."""
