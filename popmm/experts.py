@@ -77,6 +77,7 @@ class PrunedExperts(PrunedSite):
             if self.trace is not None:
                 self.record(index, None)
         elif self.phase.prompt is not None:
+            self.refresh()
             h, up = self._hidden_and_up(x, index, self.site.weights())
             self._measure(h, up, _natural(index.flatten()), index, weight)
 
@@ -147,7 +148,6 @@ class PrunedExperts(PrunedSite):
     @torch.no_grad()
     def _measure(self, h: Tensor, up: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
         prompt = self.phase.prompt
-        self.refresh()
         # a router may send a token that skips its experts to some expert with weight zero
         h, up = h.detach(), up.detach() if self.wants_up else None
         experts, factor = index.detach().flatten()[rows], weight.detach().flatten()[rows]
@@ -163,10 +163,11 @@ class PrunedExperts(PrunedSite):
         return self.add(prompt, JointStatistics(read))
 
     def _without_pruned(self, h: Tensor, experts: Tensor, statistics: JointStatistics) -> Tensor:
-        pruned = self.split(statistics).pruned
+        pooled = self.pooled(statistics)
+        pruned = self.split(pooled, statistics.tokens).pruned
         places = self.layout.positions(pruned)[experts]
         if self.config.fill == "mean":
-            mean = self.pooled(statistics).mean.gather(1, pruned)[experts]
+            mean = pooled.mean.gather(1, pruned)[experts]
             return h.scatter(1, places, mean.to(h.dtype))
         return h.scatter(1, places, 0.0)
 

@@ -88,6 +88,11 @@ def down_norm(down: Tensor) -> Tensor:
     return torch.linalg.vector_norm(down, dim=-2, dtype=accumulate).float()
 
 
+def identity(w: Tensor) -> tuple:
+    """What changes when a tensor is moved, replaced or written."""
+    return w.device, w.dtype, w.data_ptr(), None if w.is_inference() else w._version
+
+
 def gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
     """``out = source`` taken at ``index`` along ``dim``; expert stacks have an index row per expert."""
     source = source.detach()

@@ -18,7 +18,7 @@ from popmm import kernels
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
 from popmm.expert_linear import expert_linear
-from popmm.ffn import Combine, FFNWeights, best, down_norm, gather
+from popmm.ffn import Combine, FFNWeights, best, down_norm, gather, identity
 from popmm.kernels.twin import quantise
 from popmm.partition import FFNPartition
 
@@ -65,7 +65,6 @@ class GateLayout:
         self.in_place = in_place
         self.norms: Tensor | None = None  # float32 [(E,) d_ff]
         self.gate: Tensor | tuple | None = None  # [(E,) U, d_model], or (codes, scales)
-        self.weights = None
         self._buffers: list[Tensor] = []
         self._turned: list[tuple[torch.nn.Parameter, tuple[int, ...]]] = []
         self._source: tuple | None = None
@@ -172,7 +171,7 @@ class GateLayout:
         """FFN of rows x ``[n, d_model]`` by the best K of each row's own channels, read where they lie.
 
         Returns:
-            y ``[n, d_model]`` without down's bias for experts, with it otherwise; places among the U that passed.
+            y ``[n, d_model]``, of experts before they are mixed; places among the U that passed.
         """
         g = self.gates(x, experts)
         index = kernels.choose(self.score(g, combine, experts), self.sizes.budget)
@@ -251,5 +250,4 @@ def _pick(values: Tensor, index: Tensor, experts: Tensor | None) -> Tensor:
 
 
 def _identity(source: FFNWeights) -> tuple:
-    weights = (source.gate, source.up, source.down)
-    return tuple((w.device, w.dtype, w.data_ptr(), None if w.is_inference() else w._version) for w in weights)
+    return tuple(identity(w) for w in (source.gate, source.up, source.down))

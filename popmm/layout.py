@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
-from popmm.ffn import FFNWeights, down_norm, gather
+from popmm.ffn import FFNWeights, down_norm, gather, identity
 from popmm.gate import GateLayout
 from popmm.partition import FFNPartition
 from popmm.permute import PermuteLayout
@@ -49,7 +49,7 @@ class CopyLayout:
             return None if b is None else b.new_empty(*b.shape[:-1], n)
 
         # inference tensors could not be rewritten outside inference mode
-        self._source = _identity(source.down)
+        self._source = identity(source.down)
         with torch.inference_mode(False), torch.no_grad():
             self.norms = down_norm(source.down)
             if self.sizes.is_dense:  # decode is the model's own forward
@@ -72,7 +72,7 @@ class CopyLayout:
 
     def fits(self, source: FFNWeights) -> bool:
         """Whether norms and buffers still belong to these weights: the model may have moved or been reloaded."""
-        return self._source == _identity(source.down)
+        return self._source == identity(source.down)
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor | None) -> None:
         """Gathers the partition's channels into the buffers, in place.
@@ -121,11 +121,6 @@ class CopyLayout:
         """Memory that the buffers take."""
         tensors = [*(self.weights or ()), self.down_norm, self.mean, self.norms]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def _identity(w: Tensor) -> tuple:
-    version = None if w.is_inference() else w._version
-    return w.device, w.dtype, w.data_ptr(), version
 
 
 Layout = CopyLayout | PermuteLayout | GateLayout

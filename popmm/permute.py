@@ -68,7 +68,7 @@ class PermuteLayout:
         self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels as they lie
         self.order: Tensor | None = None  # int64 [(E,) d_ff], on the CPU: the channel at each position
         self._module, self._views = module, views
-        self._marks: list[Tensor] = []  # norms of gate rows, up rows and down columns as they lie
+        self._marks: list[Tensor] = []  # norms of gate rows and up rows as they lie
         self._contents: list | None = None
         self._place: tuple | None = None
 
@@ -79,7 +79,7 @@ class PermuteLayout:
             if self.order is None:
                 self.order = torch.arange(source.d_ff, device="cpu").expand(source.gate.shape[:-1]).clone()
             self.norms = down_norm(source.down)
-            self._marks = _marks(source)
+            self._marks = _row_norms(source)
             if not self.sizes.is_dense:
                 self._slice(source)
                 fix_addresses(self)
@@ -124,7 +124,7 @@ class PermuteLayout:
             if self.fill_mean:
                 self._set_mean(source, mean.clone())
 
-    def release(self) -> None:
+    def rewind(self) -> None:
         """Puts every channel back where it was, unless the weights have been replaced."""
         with torch.inference_mode(False), torch.no_grad():
             if self._contents is not None:
@@ -132,6 +132,10 @@ class PermuteLayout:
                 self._settle(source)
                 if self.order is not None:
                     self._move(source, *self._way_home())
+
+    def release(self) -> None:
+        """Puts every channel back where it was, and lets go of the weights."""
+        self.rewind()
         self.weights = self.down_norm = self.mean = self.order = self._contents = None
 
     def bytes(self) -> int:
@@ -216,7 +220,8 @@ class PermuteLayout:
         """
         if self._contents is None or self.order is None or self._are_ours():
             return
-        ours = [_resembles(mark, now) for mark, now in zip(self._marks, _marks(source))]
+        found = [*_row_norms(source), down_norm(source.down)]
+        ours = [_resembles(mark, now) for mark, now in zip([*self._marks, self.norms], found)]
         if not all(ours):
             biases = [source.gate_bias, source.up_bias]
             weights = [source.gate, source.up, source.down.mT]
@@ -242,9 +247,8 @@ def _place(source: FFNWeights) -> tuple:
     return source.down.device, source.down.dtype, source.down.data_ptr()
 
 
-def _marks(source: FFNWeights) -> list[Tensor]:
-    rows = (source.gate, source.up, source.down.mT)
-    return [torch.linalg.vector_norm(w.detach().float(), dim=-1) for w in rows]
+def _row_norms(source: FFNWeights) -> list[Tensor]:
+    return [torch.linalg.vector_norm(w.detach().float(), dim=-1) for w in (source.gate, source.up)]
 
 
 def _resembles(before: Tensor, now: Tensor) -> bool:

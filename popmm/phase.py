@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from popmm.modality import JointStatistics, token_groups
 from popmm.padding import counted_tokens, first_copies
+from popmm.permute import PermuteLayout
 
 if TYPE_CHECKING:
     from popmm.site import PrunedSite
@@ -245,6 +246,14 @@ class Phase:
                 yield
             finally:
                 self.simulating = False
+
+    def start_over(self) -> Callable[[], None]:
+        """Undoes what the current partition did to the weights; returns what makes it anew."""
+        sequence, self._active, self.decoding = self._active, None, False
+        for ffn in self._ffns:
+            if isinstance(ffn.layout, PermuteLayout):
+                ffn.layout.rewind()
+        return lambda: None if sequence is None else self._activate(sequence)
 
     def repartition(self) -> None:
         """Partitions all FFNs anew from the statistics at hand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,8 +83,8 @@ class PrunedSite:
             return statistics.by_modality[self.only_modality]
         return statistics.pooled(self.config.modality_balance)
 
-    def split(self, statistics: JointStatistics) -> FFNPartition:
-        return split(self.importance(self.pooled(statistics)), self.sizes, statistics.tokens)
+    def split(self, pooled: ChannelStatistics, tokens: Mapping[str, Tensor]) -> FFNPartition:
+        return split(self.importance(pooled), self.sizes, tokens)
 
     def add(self, prompt: PromptPass, new: JointStatistics) -> JointStatistics:
         """Adds a pass's statistics to what the sequence has; kept by the phase if the pass ends well."""
@@ -94,11 +95,11 @@ class PrunedSite:
     def apply(self, statistics: JointStatistics) -> None:
         """Partitions by the statistics and lays the weights out for decode."""
         with torch.inference_mode(False), torch.no_grad():
-            self.partition = self.split(statistics)
+            pooled = self.pooled(statistics)
+            self.partition = self.split(pooled, statistics.tokens)
             if self.sizes.is_dense:
                 return
             self.refresh()
-            pooled = self.pooled(statistics)
             prompt = (pooled.mean, self.up_rms(pooled)) if self.wants_up else (pooled.mean,)
             self.layout.write(self.site.weights(), self.partition, *prompt)
 
@@ -137,7 +138,7 @@ class PrunedFFN(PrunedSite):
         """Stands in for the module's forward: dense at prefill, pruned at decode."""
         if not self.phase.decoding:
             if self.phase.prompt is not None:
-                self.refresh()
+                self.refresh()  # before anything is computed
             return self.read(x) if self.wants_up else self.dense_forward(x)
         y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
         if self.trace is not None:
@@ -188,7 +189,6 @@ class PrunedFFN(PrunedSite):
         if self.phase.decoding or prompt is None:
             return None
         (h,) = args
-        self.refresh()
         with torch.inference_mode(False), torch.no_grad():
             flat, up = h.detach().flatten(0, -2), None
             if self.wants_up:
@@ -201,9 +201,10 @@ class PrunedFFN(PrunedSite):
             statistics = self.add(prompt, JointStatistics(read))
         if self.config.prefill == "dense" or self.sizes.is_dense:
             return None
-        pruned = self.split(statistics).pruned
+        pooled = self.pooled(statistics)
+        pruned = self.split(pooled, statistics.tokens).pruned
         h = h.clone()
-        mean = self.pooled(statistics).mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
+        mean = pooled.mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
         h[..., self.layout.positions(pruned)] = mean
         return (h,)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,12 @@ from torch import nn
 from popmm.adapters.vlm import Surroundings
 from popmm.experts_interface import check_switched
 from popmm.phase import Arguments, Phase, input_shape
+
+
+def _is_compiled_step(phase: Phase, arguments: dict[str, Any]) -> bool:
+    """Whether this call is a decode step being compiled, which must be nothing but tensor operations."""
+    is_step = phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1
+    return torch.compiler.is_compiling() and is_step
 
 
 def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable:
@@ -22,7 +29,7 @@ def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable
     @functools.wraps(forward)
     def phased_forward(*args, **kwargs):
         arguments = read(args, kwargs)
-        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
+        if _is_compiled_step(phase, arguments):
             return forward(*args, **kwargs)
         if decoder.training:
             raise RuntimeError("the model is in training mode: call model.eval(), or popmm.detach(model) to train")
@@ -42,7 +49,7 @@ def with_modalities(surroundings: Surroundings, phase: Phase) -> Callable:
     @functools.wraps(forward)
     def reading_forward(*args, **kwargs):
         arguments = read(args, kwargs)
-        if torch.compiler.is_compiling() and phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1:
+        if _is_compiled_step(phase, arguments):
             return forward(*args, **kwargs)
         return run(forward, args, kwargs, lambda: surroundings.modalities(arguments))
 

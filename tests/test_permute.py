@@ -268,3 +268,22 @@ def test_compiled_steps_serve_all_prompts_without_recompiling(llama):
             assert torch.equal(llama.generate(ids, **how, compile_config=compile_config), tokens)
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [graphs[0]] * len(prompts)
+
+
+def test_partition_time_is_that_of_moving_the_channels(llama, monkeypatch):
+    from popmm.permute import PermuteLayout
+
+    moved, plain = [], PermuteLayout._move
+
+    def count(self, source, expert, here, there):
+        moved.append(len(here))
+        plain(self, source, expert, here, there)
+
+    with popmm.pruned(llama, CONFIG) as state:
+        llama.generate(tiny.prompt(9), max_new_tokens=2)
+        before = {k: (p.retained, p.candidate) for k, p in state.layers.items()}
+        monkeypatch.setattr(PermuteLayout, "_move", count)
+        assert state.partition_seconds() > 0
+        assert state.ready and all(n > 0 for n in moved) and len(moved) == 4  # home, and there again
+        after = {k: (p.retained, p.candidate) for k, p in state.layers.items()}
+        assert all(torch.equal(a, b) for k in before for a, b in zip(before[k], after[k]))

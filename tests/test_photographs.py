@@ -75,12 +75,17 @@ def llava():
     return config, processor, 24 * 24
 
 
-@pytest.mark.parametrize("make", [qwen2_vl, llava])
-def test_a_photograph_at_its_real_size(make):
-    config, processor, n_image = make()
+def random_model(config):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("make", [qwen2_vl, llava])
+def test_a_photograph_at_its_real_size(make):
+    config, processor, n_image = make()
+    model = random_model(config)
     parts = [{"type": "image", "image": photograph()}, {"type": "text", "text": "What is unusual here?"}]
     inputs = chat_inputs(processor, [{"role": "user", "content": parts}], "cpu")
     with popmm.pruned(model, ffn_ratio=0.4) as state:
@@ -94,9 +99,7 @@ def test_a_photograph_at_its_real_size(make):
 @pytest.mark.parametrize("make", [qwen2_vl, llava])
 def test_a_conversation_about_photographs_of_two_sizes(make):
     config, processor, n_image = make()
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
-    model.generation_config.eos_token_id = None
+    model = random_model(config)
     talk = Conversation(model, processor, popmm.PopConfig(ffn_ratio=0.4), max_new_tokens=3)
     talk.show(photograph())
     assert talk.ask("What is unusual here?").read_again
