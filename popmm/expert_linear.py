@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations import moe as hf_moe
 
+from popmm import kernels
+
 
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[s] = weight[experts[s]] @ x[s] (+ bias[experts[s]])``.
 
-    No expert's matrix is copied: on the CPU each routed expert's matrix is read where it lies, elsewhere
-    a grouped product reads it by offset. Static shapes; no synchronisation on an accelerator.
+    No expert's matrix is copied. Few rows, most of which have an expert to themselves, are computed one by one
+    by ``kernels.block_dot``; many in groups by expert. Static shapes; no synchronisation on an accelerator.
 
     Args:
         x: rows ``[n_rows, d_in]``.
@@ -22,13 +24,21 @@ def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | Non
     """
     x = x.to(weight.dtype)
     if x.device.type == "cpu":
-        y = _on_cpu(x, weight, experts) if torch.compiler.is_compiling() else _rows(x, weight, experts)
+        y = _on_cpu(x, weight, experts) if torch.compiler.is_compiling() else _each(x, weight, experts)
+    elif x.is_cuda and _are_few(experts, weight) and weight.stride(-1) == 1:
+        y = kernels.block_dot(weight, x, experts)
     else:
         y = _grouped(x, weight, experts)
     return y if bias is None else y + bias[experts]
 
 
-def _rows(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+def _are_few(rows: Tensor, weight: Tensor) -> bool:
+    return 2 * len(rows) <= len(weight)
+
+
+def _each(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    if _are_few(experts, weight) and kernels.reads_blocks(weight):
+        return kernels.block_dot(weight, x, experts)
     y = x.new_empty(x.shape[0], weight.shape[1])
     rows_of: dict[int, list[int]] = {}
     for row, expert in enumerate(experts.tolist()):
@@ -44,7 +54,7 @@ def _rows(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
 
 
 # opaque to torch.compile, which could not trace the data-dependent loop
-_on_cpu = torch.library.custom_op("popmm::expert_linear", _rows, mutates_args=())
+_on_cpu = torch.library.custom_op("popmm::expert_linear", _each, mutates_args=())
 
 
 @_on_cpu.register_fake

@@ -181,7 +181,7 @@ class PrunedFFN(PrunedSite):
         if self.config.selection == "mask":
             passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget)
             h = arithmetic.fill_in(h, passing, layout.mean)
-        return F.linear(h, layout.weights.down, layout.weights.down_bias), passing
+        return arithmetic.project_down(h, layout.weights), passing
 
     def observe(self, module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Pre-hook of the down projection: measures h of a prompt pass, and prunes it if so configured."""

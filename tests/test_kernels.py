@@ -73,8 +73,29 @@ def test_products_with_chosen_rows(room, size, dtype, strided, monkeypatch):
     assert torch.equal(room.gather_sum(rows, index, h), room.gather_sum(rows, index, h))
 
 
+def blocks(n, n_rows, d, n_matrices, dtype, strided, device):
+    generator = torch.Generator().manual_seed(n + n_rows + d)
+    wide = torch.randn(n_matrices, n_rows + 2, d + 3, generator=generator).to(dtype)
+    matrices = wide[:, :n_rows, :d] if strided else wide[:, :n_rows, :d].contiguous()
+    block = torch.randint(0, n_matrices, (n,), generator=generator)
+    return matrices.to(device), torch.randn(n, d, generator=generator).to(device, dtype), block.to(device)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (1, 33, 64, 1), (2, 41, 130, 5), (8, 6, 257, 3)], ids=str)
+def test_products_with_chosen_matrices(room, size, dtype, strided, monkeypatch):
+    matrices, x, block = blocks(*size, dtype, strided, device_of(room))
+    if room is native and not native.serves(matrices):
+        assert dtype == torch.float16
+        return
+    poisoned(monkeypatch)
+    expected = torch.einsum("nrd,nd->nr", matrices[block].double(), x.double())
+    torch.testing.assert_close(room.block_dot(matrices, x, block).double(), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("n, n_rows, d, group", [(1, 7, 64, 64), (3, 33, 192, 64), (8, 20, 96, 32)])
+@pytest.mark.parametrize("n, n_rows, d, group", [(1, 7, 64, 64), (3, 33, 192, 64), (8, 20, 96, 32), (2, 9, 48, 16)])
 def test_quantised_products(room, bits, n, n_rows, d, group, monkeypatch):
     torch.manual_seed(0)
     rows, x = torch.randn(n_rows, d), torch.randn(n, d)
@@ -97,6 +118,15 @@ def test_choosing_the_best(module, n, u, k, ties):
     score = torch.randint(0, 5, (n, u)).float() if ties else torch.randn(n, u)
     expected = [sorted(sorted(range(u), key=lambda i: (-row[i], i))[:k]) for row in score.tolist()]
     assert module.choose(score, k).tolist() == expected
+
+
+@pytest.mark.parametrize("module", [twin, pytest.param(native, marks=needs_compiler)])
+def test_choosing_among_odd_scores(module):
+    inf, nan = float("inf"), float("nan")
+    score = torch.tensor([[0.0, -0.0, 1e-42, -inf, nan, inf, -1.0, -nan, 2.0, 0.0]])
+    order = [4, 7, 5, 8, 2, 0, 1, 9, 6, 3]  # what is no number comes first, -0 is 0
+    for k in range(1, 11):
+        assert module.choose(score, k).tolist() == [sorted(order[:k])]
 
 
 def test_operators_compile_into_one_graph():
@@ -135,6 +165,12 @@ for size in t.SIZES:
             total = torch.einsum("nkd,nk->nd", chosen, h.double())
             torch.testing.assert_close(room.gather_dot(rows, index, x).double(), dot, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(room.gather_sum(rows, index, h).double(), total, atol=1e-4, rtol=1e-4)
+for size in [(1, 1, 1, 1), (2, 41, 130, 5), (8, 6, 257, 3)]:
+    for dtype in t.DTYPES:
+        for strided in (False, True):
+            matrices, x, block = t.blocks(*size, dtype, strided, "cpu")
+            expected = twin.block_dot(matrices, x, block)
+            torch.testing.assert_close(room.block_dot(matrices, x, block), expected, atol=1e-4, rtol=1e-4)
 for bits in (8, 4):
     rows, x = torch.randn(33, 192), torch.randn(3, 192)
     codes, scale = twin.quantise(rows, bits, 64)

@@ -25,12 +25,21 @@ def _room(*rows: Tensor) -> ModuleType:
     return native if native.serves(*rows) else twin
 
 
+def reads_blocks(matrices: Tensor) -> bool:
+    """Whether ``block_dot`` has a kernel for these matrices, whose twin would copy them. Not for compiled code."""
+    return matrices.stride(-1) == 1 and _room(matrices) is not twin
+
+
 def _gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
     return _room(rows).gather_dot(rows, index, x).to(x.dtype)
 
 
 def _gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
     return _room(rows).gather_sum(rows, index, h).to(h.dtype)
+
+
+def _block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
+    return _room(matrices).block_dot(matrices, x, block).to(x.dtype)
 
 
 def _quantised_dot(
@@ -49,10 +58,11 @@ def _choose(score: Tensor, k: int) -> Tensor:
 
 _ops = {
     function.__name__: torch.library.custom_op(f"popmm::{function.__name__[1:]}", function, mutates_args=())
-    for function in (_gather_dot, _gather_sum, _quantised_dot, _choose)
+    for function in (_gather_dot, _gather_sum, _block_dot, _quantised_dot, _choose)
 }
 _ops["_gather_dot"].register_fake(lambda rows, index, x: x.new_empty(index.shape))
 _ops["_gather_sum"].register_fake(lambda rows, index, h: h.new_empty(len(index), rows.shape[1]))
+_ops["_block_dot"].register_fake(lambda matrices, x, block: x.new_empty(len(x), matrices.shape[1]))
 _ops["_quantised_dot"].register_fake(lambda codes, scale, x, bits, group, block, n_rows: x.new_empty(len(x), n_rows))
 _ops["_choose"].register_fake(lambda score, k: score.new_empty(len(score), k, dtype=torch.int64))
 
@@ -76,6 +86,17 @@ def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
         h: ``[n, k]``.
     """
     return (_ops["_gather_sum"] if torch.compiler.is_compiling() else _gather_sum)(rows, index, h)
+
+
+def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
+    """``out[n] = matrices[block[n]] @ x[n]``, ``[n, n_rows]``, reading each matrix where it lies.
+
+    Args:
+        matrices: ``[n_matrices, n_rows, d]``, rows in one piece each.
+        x: ``[n, d]``.
+        block: int64 ``[n]``.
+    """
+    return (_ops["_block_dot"] if torch.compiler.is_compiling() else _block_dot)(matrices, x, block)
 
 
 def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int) -> Tensor:

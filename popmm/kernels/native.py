@@ -76,10 +76,19 @@ def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int
     return out
 
 
+def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
+    x, block = x.float().contiguous(), block.contiguous()
+    _, n_rows, d = matrices.shape
+    out = torch.empty(len(x), n_rows, device="cpu")
+    sizes = map(ctypes.c_int64, (*matrices.stride()[:2], n_rows, d))
+    library().block_dot(_p(matrices), _KINDS[matrices.dtype], *sizes, _p(block), ctypes.c_int64(len(x)), _p(x), _p(out))
+    return out
+
+
 def choose(score: Tensor, k: int) -> Tensor:
     score = score.contiguous()
     index = torch.empty(len(score), k, dtype=torch.int64, device="cpu")
-    work = torch.empty(score.shape[1], device="cpu")
+    work = torch.empty(score.shape[1], dtype=torch.int32, device="cpu")
     sizes = [ctypes.c_int64(n) for n in (*score.shape, k)]
     library().choose(_p(score), *sizes, _p(work), _p(index))
     return index

@@ -6,6 +6,9 @@
  */
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
@@ -29,97 +32,155 @@ static inline float single(const void *row, int kind, int64_t i) {
     return f;
 }
 
-/* `next` is the row read after this one: its lines are fetched meanwhile, since chosen rows form no pattern */
-static inline float dot(const void *row, const char *next, int kind, const float *x, int64_t d) {
-    lanes a = {0}, b = {0}, c = {0}, e = {0};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= d; i += 4 * LANES) {
-        for (int64_t line = 0; line < 4 * LANES * (kind ? 2 : 4); line += LINE)
-            __builtin_prefetch(next + i * (kind ? 2 : 4) + line, 0, 3);
-        a += load(row, kind, i) * *(const lanes *)(x + i);
-        b += load(row, kind, i + LANES) * *(const lanes *)(x + i + LANES);
-        c += load(row, kind, i + 2 * LANES) * *(const lanes *)(x + i + 2 * LANES);
-        e += load(row, kind, i + 3 * LANES) * *(const lanes *)(x + i + 3 * LANES);
-    }
-    a += b + c + e;
+static inline float across(lanes a) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += a[lane];
-    for (; i < d; i++) sum += single(row, kind, i) * x[i];
     return sum;
 }
 
-static inline void add(float *y, const void *row, const char *next, int kind, float h, int64_t d) {
+/* Rows are read AT_ONCE together, so that x (or y) is loaded once for all of them, while the lines of the rows
+ * that follow are fetched: chosen rows form no pattern that the processor would foresee. */
+#define AT_ONCE 4
+
+typedef struct {
+    const char *now[AT_ONCE], *next[AT_ONCE];
+} together;
+
+#define FETCH(next, kind, i)                                  \
+    do {                                                      \
+        __builtin_prefetch((next) + (i) * ((kind) ? 2 : 4));  \
+        if (!(kind)) __builtin_prefetch((next) + (i) * 4 + LINE); \
+    } while (0)
+
+static inline void dots(const together *rows, int kind, const float *x, int64_t d, float *out) {
+    lanes a[AT_ONCE] = {{0}}, b[AT_ONCE] = {{0}};
     int64_t i = 0;
     for (; i + 2 * LANES <= d; i += 2 * LANES) {
-        for (int64_t line = 0; line < 2 * LANES * (kind ? 2 : 4); line += LINE)
-            __builtin_prefetch(next + i * (kind ? 2 : 4) + line, 0, 3);
-        *(lanes *)(y + i) += h * load(row, kind, i);
-        *(lanes *)(y + i + LANES) += h * load(row, kind, i + LANES);
+        const lanes first = *(const lanes *)(x + i), second = *(const lanes *)(x + i + LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < AT_ONCE; r++) {
+            FETCH(rows->next[r], kind, i);
+            a[r] += load(rows->now[r], kind, i) * first;
+            b[r] += load(rows->now[r], kind, i + LANES) * second;
+        }
     }
-    for (; i < d; i++) y[i] += h * single(row, kind, i);
+    for (int r = 0; r < AT_ONCE; r++) {
+        out[r] = across(a[r] + b[r]);
+        for (int64_t j = i; j < d; j++) out[r] += single(rows->now[r], kind, j) * x[j];
+    }
+}
+
+static inline void add(float *y, const together *rows, int kind, const float *h, int64_t d) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= d; i += 2 * LANES) {
+        lanes a = *(lanes *)(y + i), b = *(lanes *)(y + i + LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < AT_ONCE; r++) {
+            FETCH(rows->next[r], kind, i);
+            a += h[r] * load(rows->now[r], kind, i);
+            b += h[r] * load(rows->now[r], kind, i + LANES);
+        }
+        *(lanes *)(y + i) = a;
+        *(lanes *)(y + i + LANES) = b;
+    }
+    for (; i < d; i++)
+        for (int r = 0; r < AT_ONCE; r++) y[i] += h[r] * single(rows->now[r], kind, i);
+}
+
+/* the chosen rows from place j on, and those after them; the last one stands in for what is missing */
+static inline together chosen(const char *base, int64_t step, const int64_t *index, int64_t j, int64_t end) {
+    together rows;
+    for (int r = 0; r < AT_ONCE; r++) {
+        rows.now[r] = base + index[j + r < end ? j + r : end - 1] * step;
+        rows.next[r] = base + index[j + AT_ONCE + r < end ? j + AT_ONCE + r : end - 1] * step;
+    }
+    return rows;
 }
 
 /* out[n, k] = rows[index[n, k]] . x[n] */
 void gather_dot(const void *rows, int kind, int64_t stride, int64_t d, const int64_t *index, int64_t n, int64_t k,
                 const float *x, float *out) {
-    const char *base = rows;
-    const int64_t step = stride * (kind ? 2 : 4), last = n * k - 1;
-#pragma omp parallel for schedule(static)
-    for (int64_t j = 0; j <= last; j++) {
-        const char *row = base + index[j] * step, *next = base + index[j < last ? j + 1 : j] * step;
-        const float *own = x + (j / k) * d;
-        out[j] = kind ? dot(row, next, 1, own, d) : dot(row, next, 0, own, d);
+    const int64_t step = stride * (kind ? 2 : 4);
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t t = 0; t < n; t++) {
+        for (int64_t j = 0; j < k; j += AT_ONCE) {
+            const together four = chosen(rows, step, index + t * k, j, k);
+            float found[AT_ONCE];
+            if (kind) dots(&four, 1, x + t * d, d, found);
+            else dots(&four, 0, x + t * d, d, found);
+            for (int r = 0; r < AT_ONCE && j + r < k; r++) out[t * k + j + r] = found[r];
+        }
     }
 }
 
 /* parts[p, n, d] = sum over the p-th share of k of h[n, k] * rows[index[n, k]] */
 void gather_sum(const void *rows, int kind, int64_t stride, int64_t d, const int64_t *index, int64_t n, int64_t k,
                 const float *h, int64_t n_parts, float *parts) {
-    const char *base = rows;
     const int64_t step = stride * (kind ? 2 : 4);
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t p = 0; p < n_parts; p++) {
         for (int64_t t = 0; t < n; t++) {
             float *y = parts + (p * n + t) * d;
-            const int64_t end = t * k + (p + 1) * k / n_parts;
+            const int64_t end = (p + 1) * k / n_parts;
             memset(y, 0, d * sizeof(float));
-            for (int64_t j = t * k + p * k / n_parts; j < end; j++) {
-                const char *row = base + index[j] * step, *next = base + index[j + 1 < end ? j + 1 : j] * step;
-                if (kind) add(y, row, next, 1, h[j], d);
-                else add(y, row, next, 0, h[j], d);
+            for (int64_t j = p * k / n_parts; j < end; j += AT_ONCE) {
+                const together four = chosen(rows, step, index + t * k, j, end);
+                float own[AT_ONCE];
+                for (int r = 0; r < AT_ONCE; r++) own[r] = j + r < end ? h[t * k + j + r] : 0;
+                if (kind) add(y, &four, 1, own, d);
+                else add(y, &four, 0, own, d);
             }
         }
     }
 }
 
-typedef uint8_t ubytes16 __attribute__((vector_size(16), aligned(1)));
-typedef int32_t ints __attribute__((vector_size(64)));
-
-/* unsigned bytes, less `zero`: in two steps, since GCC takes sixteen for one, and sixteen for signed bytes */
-static inline lanes to_floats(ubytes16 c, int32_t zero) {
-    return __builtin_convertvector(__builtin_convertvector(c, ints) - zero, lanes);
-}
-
-/* one group's products, lane by lane; what does not fill the lanes is added to `rest` */
-static inline lanes group_dot(const uint8_t *c, int bits, const float *x, int64_t group, float *rest) {
-    lanes low = {0}, high = {0};
-    const int64_t n = bits == 8 ? group : group / 2;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        if (bits == 8) {
-            low += to_floats(*(const ubytes16 *)(c + i) ^ 128, 128) * *(const lanes *)(x + i);
-        } else { /* the first half of a group in the low nibbles, the second in the high ones */
-            const ubytes16 both = *(const ubytes16 *)(c + i);
-            low += to_floats(both & 15, 8) * *(const lanes *)(x + i);
-            high += to_floats(both >> 4, 8) * *(const lanes *)(x + n + i);
+/* out[n, r] = matrices[block[n], r] . x[n]; matrices `apart` elements apart */
+void block_dot(const void *matrices, int kind, int64_t apart, int64_t stride, int64_t n_rows, int64_t d,
+               const int64_t *block, int64_t n, const float *x, float *out) {
+    const int64_t size = kind ? 2 : 4, step = stride * size;
+#pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < n_rows; j += AT_ONCE) {
+        for (int64_t t = 0; t < n; t++) { /* innermost: tokens of one matrix find its rows in the cache */
+            const char *base = (const char *)matrices + block[t] * apart * size;
+            together four;
+            for (int r = 0; r < AT_ONCE; r++) {
+                const int64_t now = j + r < n_rows ? j + r : n_rows - 1;
+                four.now[r] = base + now * step;
+                four.next[r] = base + (now + AT_ONCE < n_rows ? now + AT_ONCE : n_rows - 1) * step;
+            }
+            float found[AT_ONCE];
+            if (kind) dots(&four, 1, x + t * d, d, found);
+            else dots(&four, 0, x + t * d, d, found);
+            for (int r = 0; r < AT_ONCE && j + r < n_rows; r++) out[t * n_rows + j + r] = found[r];
         }
     }
-    *rest = 0;
-    for (; i < n; i++) {
-        if (bits == 8) *rest += (float)(int8_t)c[i] * x[i];
-        else *rest += (float)((c[i] & 15) - 8) * x[i] + (float)((c[i] >> 4) - 8) * x[n + i];
-    }
-    return low + high;
+}
+
+typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1)));
+typedef int32_t ints __attribute__((vector_size(64)));
+
+/* sixteen codes of 8 bits, signed */
+static inline lanes signed_bytes(bytes16 c) {
+    /* by way of unsigned ones: GCC takes sixteen steps to widen signed bytes */
+    return __builtin_convertvector(__builtin_convertvector(c ^ 128, ints) - 128, lanes);
+}
+
+/* sixteen codes of 4 bits in the low nibbles of c, 8 more than their values; what is above the nibbles is ignored */
+static inline lanes nibbles(ints c) {
+#ifdef __AVX512F__
+    const lanes values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    return (lanes)_mm512_permutexvar_ps((__m512i)c, (__m512)values);
+#else
+    return __builtin_convertvector((c & 15) - 8, lanes);
+#endif
+}
+
+static inline ints widened(const uint8_t *c) {
+#ifdef __AVX512F__
+    return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)c));
+#else
+    return __builtin_convertvector(*(const bytes16 *)c, ints);
+#endif
 }
 
 /* float16, not negative */
@@ -130,16 +191,50 @@ static inline float from_half(uint16_t h) {
     return f * 0x1p112f;
 }
 
-static inline float quantised_row(const uint8_t *c, const uint16_t *scale, int bits, const float *x, int64_t groups,
-                                  int64_t group) {
-    lanes total = {0};
-    float sum = 0, rest;
+/* codes of AT_ONCE rows, `bytes` apart, times x; groups of a multiple of 32 */
+static inline void quantised_dots(const uint8_t *c, int64_t bytes, const uint16_t *scale, int bits, const float *x,
+                                  int64_t groups, int64_t group, float *out) {
+    lanes total[AT_ONCE] = {{0}};
     for (int64_t g = 0; g < groups; g++) {
-        const float s = from_half(scale[g]);
-        total += s * group_dot(c + g * (group * bits / 8), bits, x + g * group, group, &rest);
-        sum += s * rest;
+        lanes part[AT_ONCE] = {{0}};
+        const float *own = x + g * group;
+        const uint8_t *codes = c + g * group * bits / 8;
+        if (bits == 8) {
+            for (int64_t i = 0; i < group; i += LANES) {
+                const lanes v = *(const lanes *)(own + i);
+#pragma GCC unroll 4
+                for (int r = 0; r < AT_ONCE; r++) part[r] += signed_bytes(*(const bytes16 *)(codes + r * bytes + i)) * v;
+            }
+        } else { /* the first half of a group in the low nibbles, the second in the high ones */
+            for (int64_t i = 0; i < group / 2; i += LANES) {
+                const lanes low = *(const lanes *)(own + i), high = *(const lanes *)(own + group / 2 + i);
+#pragma GCC unroll 4
+                for (int r = 0; r < AT_ONCE; r++) {
+                    const ints both = widened(codes + r * bytes + i);
+                    part[r] += nibbles(both) * low + nibbles(both >> 4) * high;
+                }
+            }
+        }
+        for (int r = 0; r < AT_ONCE; r++) {
+            __builtin_prefetch(codes + (AT_ONCE + r) * bytes);
+            total[r] += from_half(scale[r * groups + g]) * part[r];
+        }
     }
-    for (int lane = 0; lane < LANES; lane++) sum += total[lane];
+    for (int r = 0; r < AT_ONCE; r++) out[r] = across(total[r]);
+}
+
+/* one row, groups of any even size */
+static float quantised_row(const uint8_t *c, const uint16_t *scale, int bits, const float *x, int64_t groups,
+                           int64_t group) {
+    float sum = 0;
+    for (int64_t g = 0; g < groups; g++, c += group * bits / 8, x += group) {
+        float part = 0;
+        for (int64_t i = 0; i < (bits == 8 ? group : group / 2); i++) {
+            if (bits == 8) part += (float)(int8_t)c[i] * x[i];
+            else part += (float)((c[i] & 15) - 8) * x[i] + (float)((c[i] >> 4) - 8) * x[group / 2 + i];
+        }
+        sum += from_half(scale[g]) * part;
+    }
     return sum;
 }
 
@@ -147,48 +242,71 @@ static inline float quantised_row(const uint8_t *c, const uint16_t *scale, int b
 void quantised_dot(const uint8_t *codes, const uint16_t *scale, int bits, int64_t n_rows, int64_t d, int64_t group,
                    const float *x, const int64_t *block, int64_t n, float *out) {
     const int64_t groups = d / group, bytes = d * bits / 8;
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t t = 0; t < n; t++) {
-        for (int64_t r = 0; r < n_rows; r++) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < n_rows; r += AT_ONCE) {
+        for (int64_t t = 0; t < n; t++) {
             const int64_t row = block[t] * n_rows + r;
             const uint8_t *c = codes + row * bytes;
             const uint16_t *s = scale + row * groups;
             const float *own = x + t * d;
-            float sum;
-            /* the usual sizes as constants, so that the loops unroll */
-            if (bits == 4 && group == 64) sum = quantised_row(c, s, 4, own, groups, 64);
-            else if (bits == 8 && group == 64) sum = quantised_row(c, s, 8, own, groups, 64);
-            else sum = quantised_row(c, s, bits, own, groups, group);
-            out[t * n_rows + r] = sum;
+            float *to = out + t * n_rows + r;
+            if (r + AT_ONCE > n_rows || group % 32) {
+                for (int64_t i = 0; i < AT_ONCE && r + i < n_rows; i++)
+                    to[i] = quantised_row(c + i * bytes, s + i * groups, bits, own, groups, group);
+            } else if (group == 64) { /* the usual size as a constant, so that the loops unroll */
+                if (bits == 4) quantised_dots(c, bytes, s, 4, own, groups, 64, to);
+                else quantised_dots(c, bytes, s, 8, own, groups, 64, to);
+            } else {
+                quantised_dots(c, bytes, s, bits, own, groups, group, to);
+            }
         }
     }
 }
 
-/* index[n, k]: places of the k highest of score[n, u], rising; ties go to the lower place. `work` holds u floats. */
-void choose(const float *score, int64_t n, int64_t u, int64_t k, float *work, int64_t *index) {
+/* order-preserving: a lower float has a lower key */
+static inline uint32_t key(float score) {
+    uint32_t bits;
+    if (score != score) return 0xffffffffu; /* no number: above all, as in torch */
+    score += 0.0f;                          /* -0 is 0 */
+    memcpy(&bits, &score, 4);
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+#define BUCKETS 4096 /* of the highest 12 bits of a key */
+
+/* index[n, k]: places of the k highest of score[n, u], rising; ties go to the lower place. `work` holds u words. */
+void choose(const float *score, int64_t n, int64_t u, int64_t k, uint32_t *work, int64_t *index) {
     for (int64_t t = 0; t < n; t++) {
         const float *own = score + t * u;
-        memcpy(work, own, u * sizeof(float));
-        int64_t low = 0, high = u - 1, above = 0, taken = 0;
-        while (low < high) { /* Hoare's selection of the k-th highest */
-            const float pivot = work[low + (high - low) / 2];
+        int32_t count[BUCKETS] = {0};
+        for (int64_t i = 0; i < u; i++) count[key(own[i]) >> 20]++;
+        int64_t bucket = BUCKETS - 1, above = 0; /* the bucket of the k-th highest, and how many lie above it */
+        while (above + count[bucket] < k) above += count[bucket--];
+        int64_t inside = 0;
+        for (int64_t i = 0; i < u; i++)
+            if (key(own[i]) >> 20 == (uint64_t)bucket) work[inside++] = key(own[i]);
+        int64_t low = 0, high = inside - 1;
+        const int64_t wanted = k - above - 1;
+        while (low < high) { /* Hoare's selection */
+            const uint32_t pivot = work[low + (high - low) / 2];
             int64_t i = low - 1, j = high + 1;
             for (;;) {
                 do i++; while (work[i] > pivot);
                 do j--; while (work[j] < pivot);
                 if (i >= j) break;
-                const float swap = work[i];
+                const uint32_t swap = work[i];
                 work[i] = work[j];
                 work[j] = swap;
             }
-            if (k - 1 <= j) high = j;
+            if (wanted <= j) high = j;
             else low = j + 1;
         }
-        const float least = work[k - 1];
-        for (int64_t i = 0; i < u; i++) above += own[i] > least;
-        int64_t ties = k - above, *out = index + t * k;
-        for (int64_t i = 0; i < u && taken < k; i++)
-            if (own[i] > least || (own[i] == least && ties-- > 0)) out[taken++] = i;
-        while (taken < k) out[taken++] = 0; /* scores that are no numbers must not read foreign memory */
+        const uint32_t least = work[wanted];
+        int64_t ties = k, taken = 0, *out = index + t * k;
+        for (int64_t i = 0; i < u; i++) ties -= key(own[i]) > least;
+        for (int64_t i = 0; i < u && taken < k; i++) {
+            const uint32_t own_key = key(own[i]);
+            if (own_key > least || (own_key == least && ties-- > 0)) out[taken++] = i;
+        }
     }
 }

@@ -50,6 +50,22 @@ def _gather_sum(
 
 
 @triton.jit
+def _block_dot(matrices, block, x, out, apart, stride, r, d: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = row < r
+    first = matrices + tl.load(block + token) * apart + row.to(tl.int64)[:, None] * stride
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, d, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < d
+        w = tl.load(first + column[None, :], mask=valid[:, None] & inside[None, :], other=0)
+        v = tl.load(x + token * d + column, mask=inside, other=0)
+        total += tl.sum(w.to(tl.float32) * v.to(tl.float32)[None, :], axis=1)
+    tl.store(out + token * r + row, total, mask=valid)
+
+
+@triton.jit
 def _quantised_dot(
     codes,
     scale,
@@ -113,6 +129,15 @@ def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
     with _device(h):
         _gather_sum[grid](rows, index, h, parts, rows.stride(0), k, d, n, per_split, ROWS=16, COLUMNS=256)
     return parts.sum(0)
+
+
+def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
+    x, block = x.contiguous(), block.contiguous()
+    n, (_, r, d) = len(x), matrices.shape
+    out = torch.empty(n, r, dtype=torch.float32, device=x.device)
+    with _device(x):
+        _block_dot[(n, triton.cdiv(r, 8))](matrices, block, x, out, *matrices.stride()[:2], r, d, ROWS=8, COLUMNS=512)
+    return out
 
 
 def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int) -> Tensor:

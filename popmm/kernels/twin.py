@@ -14,6 +14,10 @@ def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
     return torch.einsum("nkd,nk->nd", rows[index].float(), h.float())
 
 
+def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
+    return torch.einsum("nrd,nd->nr", matrices[block].float(), x.float())
+
+
 def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int) -> Tensor:
     rows = dequantise(codes, scale, bits, group).view(-1, n_rows, x.shape[1])
     return x.float() @ rows[0].mT if len(rows) == 1 else torch.einsum("nrd,nd->nr", rows[block], x.float())
