@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
+import re
 import resource
 import statistics
 import time
@@ -23,10 +25,10 @@ from popmm.adapters import describe
 from popmm.attach import pruned
 from popmm.compare import Clock
 from popmm.config import PopConfig
+from popmm.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes, pruned_ffn_bytes
 
 PROMPTS = 2  # that a compiled row decodes before it is measured
 SETTLING = 3  # decode steps of each generation that are not counted
-COPIED = 1 << 28  # elements of the copy that measures the memory's bandwidth
 
 
 @dataclass
@@ -50,6 +52,7 @@ class BenchRow:
     buffers_gib: float = 0.0
     peak_gib: float = 0.0
     recompilations: int = 0  # after the first prompt
+    recordings: int = 0  # of CUDA graphs, after the first two prompts
 
 
 @dataclass
@@ -60,16 +63,21 @@ class Way:
     config: PopConfig | None = None  # None = dense
     compiled: bool = False
     experts: str | None = None  # transformers' experts implementation of dense decode steps
+    int8: bool = False  # linear layers quantised weight-only by torchao
     times: list[float] = field(default_factory=list)
     prefills: list[float] = field(default_factory=list)
     partitions: list[float] = field(default_factory=list)
-    bytes: tuple[int, int] = (0, 0)  # FFN bytes per step, pruned and dense
+    ffn_bytes: int = 0  # per step
+    saved: tuple[int, int] = (0, 0)  # bytes per step that quantisation saves: of the FFNs, of all weights
     buffers: int = 0
     peak: int = 0
     recompilations: int = 0
+    recordings: int = 0
 
 
-def ways(model, selections: list[str], ratios: list[float], layouts: list[str], compiled: bool) -> list[Way]:
+def ways(
+    model, selections: list[str], ratios: list[float], layouts: list[str], compiled: bool, int8: bool = False
+) -> list[Way]:
     """Dense rows, then one for each selection, ratio and layout. A selection may carry its bits: ``gate4``."""
     has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
     rows = [Way("dense eager")]
@@ -79,6 +87,8 @@ def ways(model, selections: list[str], ratios: list[float], layouts: list[str], 
         rows = [Way(f"dense {name}", experts=name) for name in names]
     if compiled:
         rows.append(Way("dense compiled", compiled=True))
+    if int8:  # in eager mode torchao writes the weights out in full at each step
+        rows.append(Way("dense int8 (torchao), compiled", compiled=True, int8=True))
     for selection in selections:
         name, bits = selection.rstrip("0123456789"), selection.lstrip("abcdefghijklmnopqrstuvwxyz")
         for ratio in ratios:
@@ -98,7 +108,7 @@ class Bench:
         self.model, self.batch, self.prompt, self.new = model, batch, prompt, new
         self.device = next(model.parameters()).device
         self.default_experts = getattr(model.config, "_experts_implementation", None)
-        self.other_bytes = other_bytes(model)
+        self.dense_ffn_bytes, self.other_bytes = dense_ffn_bytes(model, batch), other_bytes(model)
         self.bandwidth = copy_bandwidth(self.device)
 
     def run(self, rows: list[Way], rounds: int) -> list[BenchRow]:
@@ -114,10 +124,9 @@ class Bench:
             for way in compiled:
                 self._compiled(way, rounds)
                 progress.advance(bar)
-        dense = next((way.bytes[1] for way in rows if way.config is not None), 0)
-        found = [self._row(way, dense) for way in rows]
-        baselines = [row for row in found if row.row == "dense compiled"]
-        baseline = min(baselines or [row for row in found if row.row.startswith("dense")], key=lambda row: row.ms)
+        found = [self._row(way) for way in rows]
+        dense = [row for row, way in zip(found, rows) if way.config is None and not way.int8]
+        baseline = min([row for row in dense if row.row == "dense compiled"] or dense, key=lambda row: row.ms)
         for row in found:
             row.speed_up = baseline.ms / row.ms
             row.of_bytes_ratio = row.speed_up * row.total_bytes / baseline.total_bytes
@@ -147,15 +156,19 @@ class Bench:
         compile_config._compile_all_devices = True
         how = dict(cache_implementation="static", compile_config=compile_config)
         with ExitStack() as stack:
+            if way.int8:
+                stack.callback(setattr, self, "model", self.model)
+                way.saved, self.model = int8_saving(self.model), quantised_copy(self.model)
             state = stack.enter_context(pruned(self.model, way.config)) if way.config is not None else None
             self._reset_peak()
-            graphs = []
+            graphs, recorded = [], []
             for seed in range(PROMPTS + rounds):  # of growing length, to show that none recompiles
                 prefill, times = self._generate(self.prompt + seed, seed, self.new, **how)
                 graphs.append(counters["stats"]["unique_graphs"])
+                recorded.append(graphs_recorded(self.device))
                 if seed >= PROMPTS:
                     self._note(way, state, times, [prefill])
-            way.recompilations = graphs[-1] - graphs[0]
+            way.recompilations, way.recordings = graphs[-1] - graphs[0], recorded[-1] - recorded[PROMPTS - 1]
 
     def _generate(self, n_tokens: int, seed: int, new: int, **how) -> tuple[float, list[float]]:
         """(seconds of the prompt pass, seconds of each decode step) as users run them."""
@@ -179,16 +192,16 @@ class Bench:
         way.times += times
         way.prefills += prefills
         if state is not None:
-            way.bytes, way.buffers = step_bytes(state, self.batch), state.buffer_bytes()
+            way.ffn_bytes, way.buffers = pruned_ffn_bytes(state, self.batch), state.buffer_bytes()
             way.partitions.append(state.partition_seconds())
         if self.device.type == "cuda":
             way.peak = max(way.peak, torch.cuda.max_memory_allocated())
 
-    def _row(self, way: Way, dense_ffn: int) -> BenchRow:
+    def _row(self, way: Way) -> BenchRow:
         ms = statistics.median(way.times) * 1e3
         tenths = statistics.quantiles(way.times, n=10) if len(way.times) > 1 else way.times * 9
-        ffn = way.bytes[0] if way.config is not None else dense_ffn
-        total = ffn + self.other_bytes
+        ffn = way.ffn_bytes if way.config is not None else self.dense_ffn_bytes
+        ffn, total = ffn - way.saved[0], ffn + self.other_bytes - way.saved[1]
         rate = total / ms / 1e6
         return BenchRow(
             way.label,
@@ -205,6 +218,7 @@ class Bench:
             buffers_gib=way.buffers / 2**30,
             peak_gib=way.peak / 2**30,
             recompilations=way.recompilations,
+            recordings=way.recordings,
         )
 
     def _synchronize(self) -> None:
@@ -216,58 +230,23 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
 
-def step_bytes(state, batch: int) -> tuple[int, int]:
-    """(pruned, dense) FFN bytes that a decode step of ``batch`` tokens reads.
+def graphs_recorded(device: torch.device) -> int:
+    """CUDA graphs that Inductor has recorded so far."""
+    if device.type != "cuda":
+        return 0
+    from torch._inductor import cudagraph_trees
 
-    A weight that several tokens need is read once. Of E experts, of which each token is sent to k at random,
-    ``E (1 - (1 - k / E) ** batch)`` are read. ``gate`` in large batches reads all up and down rows.
-    """
-
-    def at_once(site) -> float:
-        """Times the bytes of one token."""
-        share = site.top_k / site.n_experts if site.is_experts else 1.0
-        return (1 - (1 - share) ** batch) / share
-
-    pruned = dense = 0.0
-    for ffn in state._ffns:
-        own, everything = ffn.bytes_per_token()
-        if batch > 1 and ffn.wants_up and not ffn.gathers(batch):
-            own = everything
-        elif batch > 1 and ffn.wants_up:  # each token has its own rows
-            own = min(own * batch / at_once(ffn.site), everything)
-        pruned, dense = pruned + own * at_once(ffn.site), dense + everything * at_once(ffn.site)
-    untouched = sum(site.active_bytes() * at_once(site) for site in state._left_dense)
-    return round(pruned + untouched), round(dense + untouched)
+    manager = cudagraph_trees.get_container(device.index or 0).tree_manager
+    return 0 if manager is None else int(re.sub(r"\D", "", repr(manager.graph_counter)))
 
 
-def other_bytes(model) -> int:
-    """Bytes of all weights that a decoded token reads outside the FFNs: attention, routers, output layer."""
-    description = describe(model, probe=False)
-    size = sum(p.numel() * p.element_size() for p in description.decoder.parameters())
-    sites = sum(
-        site.weights().bytes_per_channel() * site.weights().d_ff * max(site.n_experts, 1)
-        for site in description.sites()
-    )
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    return size - sites - embedding.numel() * embedding.element_size() + head.numel() * head.element_size()
+def quantised_copy(model):
+    """A copy of a model whose linear layers hold int8 weights. Stacked experts stay as they are."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, in GB, that copying a large tensor reads and writes."""
-    n = COPIED if device.type == "cuda" else COPIED // 8
-    source = torch.ones(n, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * n * 4 / min(times) / 1e9
+    copied = copy.deepcopy(model)
+    quantize_(copied, Int8WeightOnlyConfig())
+    return copied
 
 
 _COLUMNS = {
@@ -284,6 +263,7 @@ _COLUMNS = {
     "buffers_gib": "{:.2f}",
     "peak_gib": "{:.1f}",
     "recompilations": "{}",
+    "recordings": "{}",
 }
 
 

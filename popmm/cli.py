@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--layouts", default="auto", help="auto,copy,permute (%(default)s)")
     yes_or_no = argparse.BooleanOptionalAction
     bench.add_argument("--compiled", action=yes_or_no, help="torch.compile with static caches (on CUDA only)")
+    bench.add_argument("--int8", action="store_true", help="a dense row with int8 weights too, by torchao")
     bench.add_argument("--json", type=Path, help="also write the rows here")
     bench.add_argument("--plot", type=Path, help="also draw speed-up against bytes here")
     bench.set_defaults(run=commands.bench)

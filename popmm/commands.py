@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 
 import torch
 from rich.console import Console
@@ -193,7 +195,10 @@ def bench(args: argparse.Namespace) -> None:
         model = random_model(shape_config(args.shape, args.layers, args.tiny), dtype, device)
     compiled = args.compiled if args.compiled is not None else device != "cpu"
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
-    rows = ways(model, args.selections.split(","), ratios, args.layouts.split(","), compiled)
+    if args.int8 and importlib.util.find_spec("torchao") is None:
+        print("no int8 row: torchao is not installed (pip install torchao)", file=sys.stderr)
+        args.int8 = False
+    rows = ways(model, args.selections.split(","), ratios, args.layouts.split(","), compiled, args.int8)
     found = Bench(model, args.batch, args.prompt_tokens, args.new_tokens).run(rows, args.rounds)
     name = f"{args.shape or args.model}{' (tiny)' if args.tiny else ''}"
     title = f"{name}, {str(model.dtype).removeprefix('torch.')}, batch {args.batch}"

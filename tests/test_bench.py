@@ -1,5 +1,6 @@
 """The bench measures what its columns say, and the GPU suite's dry run works."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from popmm.bench import Bench, bench_markdown, other_bytes, ways
+from popmm import bench
+from popmm.bench import Bench, bench_markdown, ways
 from popmm.cli import main
 from popmm.shapes import SHAPES, random_model, shape_config
+from popmm.traffic import other_bytes
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -46,6 +49,16 @@ def test_columns_follow_from_times_and_bytes():
     assert "| keep 20% |" in bench_markdown(rows)
 
 
+def test_int8_row_counts_one_byte_per_linear_weight(monkeypatch):
+    model = random_model(shape_config("llama-3.1-8b", tiny=True), torch.bfloat16, "cpu")
+    monkeypatch.setattr(bench, "quantised_copy", copy.deepcopy)
+    eager, _, int8 = Bench(model, 1, 8, 10).run(ways(model, [], [], ["auto"], True, int8=True), rounds=1)
+    assert int8.row.startswith("dense int8")
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert int8.total_bytes - 2 * norms == (eager.total_bytes - 2 * norms) / 2
+    assert eager.speed_up <= 1  # the baseline is never the int8 row
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -76,6 +89,7 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads((tmp_path / "suite.json").read_text())
     rows = [row for result in results for row in result["rows"]]
-    assert {row["row"] for row in rows} == {"dense eager", "dense compiled", "keep 20%", "gate4 20%"}
+    labels = {row["row"] for row in rows} - {"dense int8 (torchao), compiled"}  # where torchao is installed
+    assert labels == {"dense eager", "dense compiled", "keep 20%", "gate4 20%"}
     assert all(row["recompilations"] == 0 for row in rows if not row["row"].startswith("dense"))
     assert "| keep 20% |" in run.stdout
