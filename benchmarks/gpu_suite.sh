@@ -37,11 +37,11 @@ else
     fi
     timeout 60 "$PYTHON" benchmarks/kernels.py || failed=1
     full=(--dtype bfloat16 --layers 8 --rounds 2)
-    bench 110 llama-b1 --shape llama-3.1-8b --selections mask,keep,gate,gate4 --ratios 0.4 --int8 "${full[@]}"
-    bench 60 llama-b8 --shape llama-3.1-8b --batch 8 --selections keep,gate --ratios 0.4 "${full[@]}"
-    bench 90 qwen-moe-b1 --shape qwen1.5-moe --selections keep,gate,gate4 --ratios 0.2 "${full[@]}"
+    bench 110 llama-b1 --shape llama-3.1-8b --selections mask,keep,gate16,gate4 --ratios 0.4 --int8 "${full[@]}"
+    bench 60 llama-b8 --shape llama-3.1-8b --batch 8 --selections keep,gate16 --ratios 0.4 "${full[@]}"
+    bench 90 qwen-moe-b1 --shape qwen1.5-moe --selections keep,gate16,gate4 --ratios 0.2 "${full[@]}"
     bench 60 qwen-moe-b8 --shape qwen1.5-moe --batch 8 --selections keep --ratios 0.2 "${full[@]}"
-    bench 80 qwen-vl-b1 --shape qwen2.5-vl-7b --selections keep,gate --ratios 0.4 "${full[@]}"
+    bench 80 qwen-vl-b1 --shape qwen2.5-vl-7b --selections keep,gate16 --ratios 0.4 "${full[@]}"
     bench 50 qwen-vl-b8 --shape qwen2.5-vl-7b --batch 8 --selections keep --ratios 0.4 "${full[@]}"
 fi
 "$PYTHON" benchmarks/table.py "$OUT" || failed=1

@@ -13,18 +13,18 @@ from torch import nn
 
 from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe, find_surroundings, tower_ffns
 from popmm.adapters.base import find_decoder
-from popmm.budget import MAX_FFN_RATIO, RegionSizes, gate_sizes, ratio_of, region_sizes
+from popmm.budget import MAX_FFN_RATIO, ratio_of, region_sizes
 from popmm.config import PopConfig
 from popmm.decode import StaticCaches
 from popmm.experts import PrunedExperts
 from popmm.experts_interface import ON_MODULE, dense_experts, switch_off, switch_on
-from popmm.gate import gate_group, gate_row_bytes
 from popmm.layout import Layout, choose_layout, shared_parameters, why_not_in_place
 from popmm.phase import Phase
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
 from popmm.tower import PrunedTowerFFN, tower_ratio
-from popmm.wrappers import chunked, exclusive, phased, with_modalities
+from popmm.traffic import SizesRule, sizes_for, with_bits
+from popmm.wrappers import chunked, exclusive, phased, refreshed, with_modalities
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ATTACHMENT = "_popmm_attachment"
@@ -56,10 +56,8 @@ def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> Par
     return attach_with(model, config, region_sizes)
 
 
-def attach_with(
-    model: nn.Module, config: PopConfig, sizes: Callable[[int, float, float], RegionSizes]
-) -> PartitionState:
-    """``attach`` with region sizes of another rule, for baselines: sizes(d_ff, ffn_ratio, candidate_fraction)."""
+def attach_with(model: nn.Module, config: PopConfig, sizes: SizesRule) -> PartitionState:
+    """``attach`` with region sizes of another rule, for baselines."""
     decoder = find_decoder(model)
     if _ATTACHMENT in decoder.__dict__:
         raise RuntimeError(
@@ -146,9 +144,7 @@ class _Attachment:
         self.caches.release()
 
 
-def _build(
-    model: nn.Module, description: ModelDescription, config: PopConfig, sizes_of: Callable[..., RegionSizes]
-) -> _Attachment:
+def _build(model: nn.Module, description: ModelDescription, config: PopConfig, sizes_of: SizesRule) -> _Attachment:
     """Everything that can fail, before anything of the model is touched but, with ``gate``, how down is stored."""
     layouts: list[Layout] = []
     try:
@@ -163,10 +159,11 @@ def _wire(
     model: nn.Module,
     description: ModelDescription,
     config: PopConfig,
-    sizes_of: Callable[..., RegionSizes],
+    sizes_of: SizesRule,
     layouts: list[Layout],
 ) -> _Attachment:
     ratio = ratio_of(description, config)
+    given, config = config, with_bits(config, list(description.sites()), ratio)
     ffns, left_dense, shared = [], [], shared_parameters(model)
     # a module that several layers share is one FFN
     for site in {site.name: site for site in description.sites()}.values():
@@ -174,21 +171,18 @@ def _wire(
         if site.layer in config.skip_layers:
             left_dense.append(site)
         elif not site.shared or config.shared_experts == "prune":
-            if config.selection == "gate":
-                sizes = _gate_sizes(site, ratio, config)
-            else:
-                sizes = sizes_of(site.weights().d_ff, ratio, config.candidate_fraction)
+            sizes = sizes_for(site, ratio, config, sizes_of)
             layouts.append(choose_layout(site, sizes, config, why_not_in_place(site.module, shared)))
             ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
         else:
             left_dense.append(site)
-    phase = Phase(ffns)
+    phase = Phase(ffns, config.refresh_every)
     tower = []
     if config.vision == "prune":
         found = tower_ffns(model)
         vision_ratio = tower_ratio(found, config, MAX_FFN_RATIO)
         tower = [PrunedTowerFFN(ffn, vision_ratio, config) for ffn in found]
-    state = PartitionState(config, ratio, ffns, left_dense, phase, tower)
+    state = PartitionState(given, ratio, ffns, left_dense, phase, tower)
 
     decoder = description.decoder
     overrides: list[tuple[Any, str, Any]] = []
@@ -197,6 +191,8 @@ def _wire(
     caches = StaticCaches()
     if hasattr(model, "_prepare_static_cache"):
         overrides.append((model, "_prepare_static_cache", caches.wrap(model._prepare_static_cache)))
+    if config.refresh_every and hasattr(model, "get_compiled_call"):
+        overrides.append((model, "get_compiled_call", refreshed(model.get_compiled_call, phase)))
     if hasattr(model, "_prefill"):
         overrides.append((model, "_prefill", chunked(model._prefill, phase)))
     hooks: list[Callable[[], Any]] = []
@@ -225,18 +221,6 @@ def _wire(
         )
     hooks += [functools.partial(ffn.down.register_forward_pre_hook, ffn.prune) for ffn in tower]
     return _Attachment(decoder, switches_experts, state, phase, caches, overrides, hooks)
-
-
-def _gate_sizes(site: FFNSite, ratio: float, config: PopConfig) -> RegionSizes:
-    weights = site.weights()
-    full = weights.gate.element_size() * weights.d_model
-    if config.gate_bits < 16 and gate_group(weights.d_model) < 16:
-        raise ValueError(
-            f"gate_bits={config.gate_bits} quantises groups of 16 weights or more, and {site.name} has d_model="
-            f"{weights.d_model}, which 16 does not divide: give gate_bits=16"
-        )
-    cost = gate_row_bytes(weights, config.gate_bits) / full
-    return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost)
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -94,7 +94,7 @@ def ways(
         for ratio in ratios:
             for layout in layouts:
                 config = PopConfig(
-                    pruning_ratio=ratio, selection=name, layout=layout, gate_bits=int(bits) if bits else 16
+                    pruning_ratio=ratio, selection=name, layout=layout, gate_bits=int(bits) if bits else None
                 )
                 label = f"{selection} {ratio:.0%}" + (f" {layout}" if len(layouts) > 1 else "")
                 rows.append(Way(label, config, compiled))

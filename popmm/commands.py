@@ -19,8 +19,9 @@ SECOND_PROMPT = "The old man looked at the sea. He wanted to catch a fish, but t
 
 def config_from(args: argparse.Namespace) -> PopConfig:
     names = ("pruning_ratio", "ffn_ratio", "selection", "candidate_fraction", "importance", "fill", "prefill")
-    names += ("prior_tokens", "modality_balance", "vision", "gate_bits", "layout")
-    return PopConfig(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    names += ("prior_tokens", "modality_balance", "vision", "gate_bits", "layout", "refresh_every")
+    given = {name: getattr(args, name, None) for name in names}
+    return PopConfig(**{name: value for name, value in given.items() if value is not None})
 
 
 def generation_settings(args: argparse.Namespace) -> dict:
@@ -100,6 +101,8 @@ def inspect(args: argparse.Namespace) -> None:
         return _inspect_pictures(args, config)
     model, tokenizer = load_from(args)
     inputs = encode(tokenizer, args.prompt, model.device, args.chat)
+    if args.dynamics:
+        return _inspect_dynamics(args, model, inputs)
     with pruned(model, config) as state:
         torch.manual_seed(args.seed)
         with state.trace() as trace:
@@ -115,6 +118,18 @@ def inspect(args: argparse.Namespace) -> None:
             file = args.out.with_stem(f"{args.out.stem}-dense") if with_experts else args.out
             regions_figure(first, trace, file)
             print(f"picture: {file}")
+
+
+def _inspect_dynamics(args: argparse.Namespace, model, inputs: dict) -> None:
+    from popmm.dynamics import record
+    from popmm.quality_plots import dynamics_figure
+
+    layers = record(model, inputs, args.max_new_tokens)
+    for name, dynamics in layers.items():
+        overlap = dynamics.overlap
+        print(f"{name}: {overlap.mean():.1%} of a step's top half is in the prompt's, {overlap.min():.1%} at least")
+    dynamics_figure(layers, args.out)
+    print(f"picture: {args.out}")
 
 
 def _inspect_pictures(args: argparse.Namespace, config: PopConfig) -> None:
@@ -141,36 +156,148 @@ def _inspect_pictures(args: argparse.Namespace, config: PopConfig) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from popmm.evaluate import evaluate, methods_for, rows_to_json, rows_to_markdown, subsets_of_text
+    from popmm.tables import rows_to_json
 
-    ratios = [float(ratio) for ratio in args.ratios.split(",")]
-    if args.task == "shapes":
-        return _evaluate_answers(args, ratios)
+    for file in (args.json, args.plot):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.parent}")
+    if args.tasks or args.preset:
+        return _evaluate_tasks(args)
     model, tokenizer = load_from(args)
-    methods = args.methods.split(";") if args.methods else methods_for(model)
-    subsets = subsets_of_text(model, tokenizer, args)
-    of = "pruning_ratio"
-    if args.ffn_ratios:
-        of, ratios = "ffn_ratio", [float(ratio) for ratio in args.ffn_ratios.split(",")]
-    rows = evaluate(model, subsets, methods, ratios, config_from(args), args.context, of)
-    print(rows_to_markdown(rows))
+    if args.task == "shapes" and not args.bytes and not args.ffn_ratios:
+        rows = _evaluate_answers(args, model, tokenizer)
+    else:
+        rows = _evaluate_methods(args, model, tokenizer)
     if args.json:
         args.json.write_text(rows_to_json(rows, args) + "\n")
 
 
-def _evaluate_answers(args: argparse.Namespace, ratios: list[float]) -> None:
-    from popmm.answers import METHODS, answers_to_markdown, evaluate_answers
-    from popmm.evaluate import rows_to_json
+def _evaluate_tasks(args: argparse.Namespace) -> None:
+    from popmm.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
+    from popmm.tables import rows_to_json
 
-    if args.pictures < 1 or args.seeds < 1:
-        raise ValueError(f"--pictures {args.pictures} --seeds {args.seeds}: give 1 or more of each")
-    model, processor = load_from(args)
+    if args.preset:
+        how = preset(args.preset)
+        tasks, ratios = list(how.tasks), list(how.ratios)
+    else:
+        how = Preset((), scoring="decode", batch=1, config=config_from(args))
+        tasks, ratios = args.tasks.split(","), _numbers(args.ratios)
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: give 1 or more")
+    model, tokenizer = load_from(args)
+    rows = evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        ratios,
+        how.config,
+        how.scoring,
+        args.batch or how.batch,
+        args.limit,
+        args.include_path,
+        args.run_code,
+    )
+    print(tasks_to_markdown(rows))
+    if args.json:
+        args.json.write_text(rows_to_json(rows, args) + "\n")
+
+
+def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> list:
+    from popmm.evaluate import Wanted, evaluate, with_greedy
+    from popmm.methods import METHODS, methods_for
+    from popmm.quality_plots import equal_bytes_figure, gamma_figure
+    from popmm.tables import rows_to_markdown
+    from popmm.texts import text_cases
+
+    exact = args.task == "shapes"
+    if exact:
+        subsets, calibration = _picture_cases(args, model, tokenizer)
+    else:
+        subsets, calibration = text_cases(
+            model,
+            tokenizer,
+            args.text,
+            args.start,
+            args.context,
+            args.continuation,
+            args.subsets,
+            args.texts_per_subset,
+            args.calibration,
+        )
+        subsets = [with_greedy(model, cases, args.continuation) for cases in subsets]
+    base = config_from(args)
+    if args.sweep:
+        return _sweep_gamma(args, model, subsets, base, rows_to_markdown, gamma_figure)
+    names = args.methods.split(";") if args.methods else methods_for(model)
+    if not calibration and not args.methods:
+        left_out = [name for name in names if METHODS[name].calibrated]
+        print(f"without {', '.join(left_out)}: no texts are left to calibrate on", file=sys.stderr)
+        names = [name for name in names if name not in left_out]
+    rounded = [Wanted(name) for name in names if name in METHODS and METHODS[name].weight_bits is not None]
+    names = [name for name in names if Wanted(name) not in rounded]
+    if args.bytes:
+        wanted = [Wanted(name, bytes_share=share) for share in _numbers(args.bytes) for name in names]
+    elif args.ffn_ratios:
+        wanted = [Wanted(name, ffn_ratio=ratio) for ratio in _numbers(args.ffn_ratios) for name in names]
+    else:
+        wanted = [Wanted(name, pruning_ratio=ratio) for ratio in _numbers(args.ratios) for name in names]
+    rows = evaluate(model, subsets, wanted + rounded, base, calibration)
+    print(rows_to_markdown(rows, exact))
+    if args.plot:
+        equal_bytes_figure(rows, f"{args.model}, {str(model.dtype).removeprefix('torch.')}", args.plot, exact)
+    return rows
+
+
+def _sweep_gamma(args: argparse.Namespace, model, subsets, base: PopConfig, to_markdown, figure) -> list:
+    from dataclasses import replace
+
+    from popmm.evaluate import Wanted, evaluate
+
+    rows = []
+    for gamma in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5):
+        own = base.replace(selection="mask", candidate_fraction=gamma)
+        found = evaluate(model, subsets, [Wanted("mask", pruning_ratio=r) for r in _numbers(args.ratios)], own)
+        rows += ([] if rows else found[:1]) + [replace(row, method=f"mask, gamma {gamma}") for row in found[1:]]
+    print(to_markdown(rows, args.task == "shapes"))
+    if args.plot:
+        figure(rows, args.model, args.plot)
+    return rows
+
+
+def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, list]:
+    from popmm.answers import held_out_questions
+    from popmm.evaluate import Case
+
+    _check_pictures(args)
+    sets = [
+        [Case(q.inputs, q.answer) for q in held_out_questions(processor, model.device, seed, args.pictures)]
+        for seed in range(args.seeds + 1)
+    ]
+    return sets[:-1], sets[-1][: args.calibration]
+
+
+def _evaluate_answers(args: argparse.Namespace, model, processor) -> list:
+    from popmm.answers import METHODS, answers_to_markdown, evaluate_answers
+
+    _check_pictures(args)
     methods = args.methods.split(";") if args.methods else list(METHODS)
-    rows = evaluate_answers(model, processor, methods, ratios, config_from(args), args.pictures, args.seeds)
+    base = config_from(args)
+    if args.selection is None:  # gate reads all channels' gates, whatever ranked them
+        base = base.replace(selection="mask")
+    rows = evaluate_answers(model, processor, methods, _numbers(args.ratios), base, args.pictures, args.seeds)
     print(answers_to_markdown(rows))
     print(f"\nExact answers in percent, {args.pictures} pictures per seed, {args.seeds} seeds; ± is their spread.")
-    if args.json:
-        args.json.write_text(rows_to_json(rows, args) + "\n")
+    return rows
+
+
+def _check_pictures(args: argparse.Namespace) -> None:
+    if args.pictures < 1 or args.seeds < 1:
+        raise ValueError(f"--pictures {args.pictures} --seeds {args.seeds}: give 1 or more of each")
+
+
+def _numbers(text: str) -> list[float]:
+    """Comma-separated numbers."""
+    return [float(number) for number in text.split(",")]
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -19,7 +19,6 @@ _CHOICES = {
     "layout": ("auto", "copy", "permute"),
     "vision": ("dense", "prune"),
 }
-_TO_COME = {"refresh_every": 0}
 DEFAULT_CANDIDATE_FRACTION = 0.1
 _IMPORTANCES = ("wanda", "griffin", "flock", "routed")
 
@@ -34,9 +33,10 @@ class PopConfig:
         ffn_ratio: share of each FFN's channels to prune, in [0, 1); excludes ``pruning_ratio``.
         candidate_fraction: gamma, the share of an FFN's channels that is re-scored at each decode step; 0.1
             unless given. With ``selection="gate"``: share of the gate rows that is read; None = chosen from the bytes.
-        selection: ``"mask"``: the best K of retained and candidate channels pass (paper);
-            ``"keep"``: all of them pass; ``"gate"``: gate rows first, then up and down rows of the K channels
-            that they predict to weigh most. With ``gate`` the ratio fixes the bytes: ``1 - ffn_ratio`` of the FFN's.
+        selection: ``"gate"``: gate rows first, then up and down rows of the K channels that they predict to
+            weigh most, which the ratio's bytes allow: ``1 - ffn_ratio`` of the FFN's; ``"mask"``: the best K of
+            retained and candidate channels pass (paper); ``"keep"``: all of them pass. None = gate, or mask if a
+            candidate_fraction is given, which is how the paper's method is set.
         importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);
             ``"griffin"`` ``|h_i| / ||h||``; ``"flock"`` ``|h_i| * ||W_down[:, i]|| / ||h||``; ``"routed"``
             wanda times the router's weight (experts; elsewhere wanda); or a callable
@@ -60,14 +60,16 @@ class PopConfig:
         vision: ``"dense"`` leaves the vision tower alone; ``"prune"`` prunes its FFNs picture by picture by
             the prompt pass's rule (paper, appendix), which saves no time.
         gate_bits: with ``selection="gate"``: 16 reads the gate rows as they are; 8 or 4 a quantised copy
-            made at attach, for the prediction and as the gate's value.
-        refresh_every: named for a setting to come; this version takes its default only, and says so.
+            made at attach, for the prediction and as the gate's value. None = 8 where that leaves K at least
+            3/4 of the channels, else 4 (measured); 16 where d_model is no multiple of 16 or with a candidate_fraction.
+        refresh_every: after so many decode steps one is dense: it joins the statistics in the name of those
+            steps, and the partition is made anew. 0 = never (paper).
     """
 
     pruning_ratio: float | None = None
     ffn_ratio: float | None = None
     candidate_fraction: float | None = None
-    selection: Literal["mask", "keep", "gate"] = "mask"
+    selection: Literal["mask", "keep", "gate"] | None = None
     importance: str | Callable = "wanda"
     fill: Literal["zero", "mean"] = "zero"
     prefill: Literal["dense", "pruned"] = "dense"
@@ -77,7 +79,7 @@ class PopConfig:
     prior_tokens: float = 32.0
     modality_balance: float | None = None
     vision: Literal["dense", "prune"] = "dense"
-    gate_bits: int = 16
+    gate_bits: int | None = None
     refresh_every: int = 0
 
     def __post_init__(self) -> None:
@@ -91,15 +93,17 @@ class PopConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
+        if self.selection is None:
+            object.__setattr__(self, "selection", "gate" if self.candidate_fraction is None else "mask")
         if self.candidate_fraction is None and self.selection != "gate":
             object.__setattr__(self, "candidate_fraction", DEFAULT_CANDIDATE_FRACTION)
-        if not isinstance(self.gate_bits, int) or self.gate_bits not in (16, 8, 4):
-            raise ValueError(f"gate_bits={self.gate_bits!r}: give 16, 8 or 4")
-        if self.gate_bits != 16 and (self.selection != "gate" or self.candidate_fraction is not None):
-            raise ValueError(
-                f"gate_bits={self.gate_bits} reads a quantised copy of all gate rows: give selection='gate' with it, "
-                "and no candidate_fraction"
-            )
+        bits = self.gate_bits
+        if bits is not None and (not isinstance(bits, int) or bits not in (16, 8, 4)):
+            raise ValueError(f"gate_bits={bits!r}: give 16, 8 or 4, or None to have them chosen")
+        if bits is not None and self.selection != "gate":
+            raise ValueError(f"gate_bits={bits} belongs to selection='gate': leave it out with {self.selection!r}")
+        if bits in (8, 4) and self.candidate_fraction is not None:
+            raise ValueError(f"gate_bits={bits} reads a quantised copy of all gate rows: give no candidate_fraction")
         gamma = self.candidate_fraction
         if gamma is not None and not (_is_number(gamma) and 0 <= gamma <= 1):
             raise ValueError(f"candidate_fraction={gamma!r}: give a number in [0, 1], such as 0.1")
@@ -118,9 +122,9 @@ class PopConfig:
         if not (named or callable(self.importance)):
             known = ", ".join(map(repr, _IMPORTANCES))
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
-        for name, default in _TO_COME.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name}={getattr(self, name)!r}: this version takes only {name}={default}")
+        every = self.refresh_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+            raise ValueError(f"refresh_every={every!r}: give a number of decode steps, or 0 for never")
         object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))
 
     @classmethod
@@ -140,7 +144,7 @@ class PopConfig:
             if self.candidate_fraction in (None, DEFAULT_CANDIDATE_FRACTION):
                 changes.setdefault("candidate_fraction", None)
             if selection != "gate":
-                changes.setdefault("gate_bits", 16)
+                changes.setdefault("gate_bits", None)
         return dataclasses.replace(self, **changes)
 
 

@@ -1,4 +1,4 @@
-"""Quality of pruned decoding: a context is read as prompt, its continuation decoded teacher-forced.
+"""Quality of pruned decoding: a prompt is read, what follows it is decoded teacher-forced.
 
 Likelihood scored in one pass would never decode, and so measure the dense model. Here the continuation
 goes through ``PartitionState.simulated_decode``: one pass, with a mask per token, equal to decoding token
@@ -7,87 +7,39 @@ by token. Every method is compared with the dense model's own distribution at th
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import statistics
-from argparse import Namespace
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-import transformers
 from rich.progress import Progress
 from torch import Tensor
 
-from popmm.adapters import describe
 from popmm.attach import attach_with, detach
-from popmm.budget import RegionSizes, region_sizes
 from popmm.config import PopConfig
-from popmm.importance import ChannelStatistics
+from popmm.methods import METHODS, Method, check_known, fit, quantised_ffns, share_read
 
-SEPARATOR = "<|endoftext|>"
+MEASURES = ("perplexity", "kl", "top1", "prefix", "exact")
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to choose channels, as a setting of the library's own parts."""
+class Case:
+    """A prompt and what is decoded after it."""
 
-    config: Callable[[PopConfig], PopConfig]
-    sizes: Callable[[int, float, float], RegionSizes] = region_sizes
-    experts_importance: Callable[[ChannelStatistics], Tensor] | None = None  # replaces that of experts
-    experts_only: bool = False
-
-
-def _random_scores(h: Tensor, down_norm: Tensor) -> Tensor:
-    scores = torch.rand(h.shape[-1], generator=torch.Generator().manual_seed(0))
-    return scores.to(h.device).expand_as(h)
-
-
-def _all_candidates(d_ff: int, ffn_ratio: float, candidate_fraction: float) -> RegionSizes:
-    return RegionSizes(d_ff, region_sizes(d_ff, ffn_ratio, 0).budget, retained=0, candidate=d_ff)
-
-
-def _pooled(statistics: ChannelStatistics) -> Tensor:
-    """One importance for all experts of a layer."""
-    squares = statistics.squares
-    return squares.sum(0, keepdim=True).sqrt().float().expand(squares.shape)
-
-
-METHODS: dict[str, Method] = {
-    "random": Method(
-        lambda c: c.replace(selection="keep", candidate_fraction=0.0, importance=_random_scores, prior_tokens=0.0)
-    ),
-    "prompt mask": Method(lambda c: c.replace(selection="mask", candidate_fraction=0.0)),
-    "mask": Method(lambda c: c.replace(selection="mask")),
-    "keep": Method(lambda c: c.replace(selection="keep")),
-    "gate": Method(lambda c: c.replace(selection="gate")),
-    "gate, 8 bit": Method(lambda c: c.replace(selection="gate", gate_bits=8)),
-    "gate, 4 bit": Method(lambda c: c.replace(selection="gate", gate_bits=4)),
-    "all re-scored": Method(lambda c: c.replace(selection="mask"), _all_candidates),
-    "mask, experts share a partition": Method(
-        lambda c: c.replace(selection="mask"), experts_importance=_pooled, experts_only=True
-    ),
-    "mask, prior for unseen experts only": Method(
-        lambda c: c.replace(selection="mask", prior_tokens=0.0), experts_only=True
-    ),
-}
-
-
-def methods_for(model) -> list[str]:
-    """Names of the methods that apply to a model."""
-    has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
-    return [name for name, method in METHODS.items() if has_experts or not method.experts_only]
+    inputs: dict[str, Tensor]  # of the prompt, batch 1
+    tokens: Tensor  # [n], the given continuation
+    greedy: Tensor | None = None  # [m], the dense model's own
 
 
 @dataclass
 class Row:
-    """Quality of one method at one ratio: mean over texts, and the spread over subsets."""
+    """Quality of one method at one ratio: mean over subsets of their means, and the spread over subsets."""
 
     method: str
-    pruning_ratio: float
+    ffn_ratio: float  # the method's own setting
     bytes_share: float  # FFN weight bytes per token, of dense
     perplexity: float
     perplexity_spread: float
@@ -95,148 +47,151 @@ class Row:
     kl_spread: float
     top1: float  # share of positions with the dense model's likeliest token
     top1_spread: float
+    prefix: float  # leading tokens of the dense model's greedy text that are the likeliest here too
+    prefix_spread: float
+    exact: float  # share of continuations that greedy decoding gives word for word
+    exact_spread: float
     texts: int
     subsets: int
+    pruning_ratio: float | None = None  # what was asked for: one of these two
+    bytes_wanted: float | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure: a method, and how much it may prune or read."""
+
+    method: str
+    pruning_ratio: float | None = None
+    ffn_ratio: float | None = None
+    bytes_share: float | None = None
 
 
 @torch.no_grad()
-def continuation_logits(model, ids: Tensor, context: int, decode) -> Tensor:
-    """Logits ``[n - 1, vocab]``, float32, at the positions of a text's continuation.
+def decode_logits(model, inputs: dict[str, Tensor], tokens: Tensor, around) -> Tensor:
+    """Logits ``[n, vocab]``, float32, that predict each of ``tokens`` ``[n]``: the first from the prompt pass.
 
     Args:
-        ids: token ids ``[context + n]``; the first ``context`` are the prompt.
-        decode: context manager factory around the continuation's pass.
+        around: context manager factory around the continuation's pass.
     """
-    cache = model(ids[None, :context], use_cache=True).past_key_values
-    with decode():
-        return model(ids[None, context:-1], past_key_values=cache).logits[0].float()
+    prompt = model(**inputs, use_cache=True)
+    first = prompt.logits[0, -1:].float()
+    if len(tokens) < 2:
+        return first
+    with around():
+        rest = model(tokens[None, :-1], past_key_values=prompt.past_key_values).logits[0].float()
+    return torch.cat([first, rest])
+
+
+@torch.no_grad()
+def with_greedy(model, cases: list[Case], n_tokens: int) -> list[Case]:
+    """The cases, with the dense model's greedy continuation of each."""
+    how = dict(do_sample=False, max_new_tokens=n_tokens, num_beams=1)
+    found = []
+    for case in cases:
+        inputs = {"attention_mask": torch.ones_like(case.inputs["input_ids"]), **case.inputs}
+        new = model.generate(**inputs, **how)[0, case.inputs["input_ids"].shape[1] :]
+        found.append(replace(case, greedy=new))
+    return found
 
 
 def evaluate(
-    model,
-    subsets: list[list[Tensor]],
-    methods: list[str],
-    ratios: list[float],
-    base: PopConfig,
-    context: int,
-    of: str = "pruning_ratio",
+    model, subsets: list[list[Case]], wanted: list[Wanted], base: PopConfig, calibration: list[Case] | None = None
 ) -> list[Row]:
-    """Rows for every method and ratio, the dense model first.
+    """Rows for all that is wanted, the dense model first, without shares of bytes that a method cannot keep to.
 
     Args:
-        subsets: disjoint subsets of texts, each a list of token id tensors ``[n_tokens]``.
-        methods: keys of ``METHODS``.
-        ratios: pruning ratios, or FFN ratios if ``of`` is ``"ffn_ratio"``.
+        subsets: disjoint subsets of cases.
         base: settings that the methods change.
-        context: how many tokens of each text are the prompt.
+        calibration: cases for methods that calibrate beforehand.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r}: give some of {', '.join(map(repr, METHODS))}")
-    dense = [[continuation_logits(model, ids, context, nullcontext) for ids in texts] for texts in subsets]
-    rows = [_row("dense", 0.0, 1.0, [_score(d, d, s, context) for d, s in zip(dense, subsets)], subsets)]
+    check_known([w.method for w in wanted])
+    if not calibration and any(METHODS[w.method].calibrated for w in wanted):
+        names = sorted({w.method for w in wanted if METHODS[w.method].calibrated})
+        raise ValueError(f"{', '.join(names)}: these methods calibrate beforehand; give calibration texts")
+    dense = [[decode_logits(model, c.inputs, c.tokens, nullcontext) for c in cases] for cases in subsets]
     with Progress(transient=True) as progress:
-        bar = progress.add_task("evaluating", total=len(methods) * len(ratios))
-        for ratio in ratios:
-            for name in methods:
-                method = METHODS[name]
-                state = attach_with(model, method.config(base.replace(**{of: ratio})), method.sizes)
-                try:
-                    if method.experts_importance is not None:
-                        state.rank_experts_by(method.experts_importance)
-                    scores = []
-                    for texts, reference in zip(subsets, dense):
-                        logits = [continuation_logits(model, ids, context, state.simulated_decode) for ids in texts]
-                        scores.append(_score(logits, reference, texts, context))
-                    read, everything = state.bytes_per_token()
-                finally:
-                    detach(model)
-                rows.append(_row(name, ratio, read / everything, scores, subsets))
-                progress.advance(bar)
+        bar = progress.add_task("evaluating", total=(1 + len(wanted)) * sum(map(len, subsets)))
+
+        def measured(around) -> list[dict[str, float]]:
+            scores = []
+            for cases, reference in zip(subsets, dense):
+                found = []
+                for case, own in zip(cases, reference):
+                    found.append(_measure(model, case, own, around))
+                    progress.advance(bar)
+                scores.append(_subset(found))
+            return scores
+
+        rows = [_row("dense", 0.0, 1.0, measured(nullcontext), subsets)]
+        for w in wanted:
+            method = METHODS[w.method]
+            if method.weight_bits is not None:
+                with quantised_ffns(model, method.weight_bits) as share:
+                    rows.append(_row(w.method, 0.0, share, measured(nullcontext), subsets))
+                continue
+            asked = base.replace(**_ratio(model, method, base, w))
+            if asked.ffn_ratio is None and w.bytes_share is not None:
+                progress.advance(bar, sum(map(len, subsets)))
+                continue
+            with _attached(model, method, asked, calibration) as state:
+                scores = measured(state.simulated_decode)
+                row = _row(w.method, state.ffn_ratio, share_read(state), scores, subsets)
+            row.pruning_ratio, row.bytes_wanted = w.pruning_ratio, w.bytes_share
+            rows.append(row)
     return rows
 
 
-def _score(logits: list[Tensor], dense: list[Tensor], texts: list[Tensor], context: int) -> tuple[float, float, float]:
-    """(cross entropy, KL to dense, top-1 agreement) per token over the texts of a subset."""
-    own, reference = torch.cat(logits).log_softmax(-1), torch.cat(dense).log_softmax(-1)
-    targets = torch.cat([ids[context + 1 :] for ids in texts])
-    entropy = F.nll_loss(own, targets).item()
-    kl = F.kl_div(own, reference, log_target=True, reduction="batchmean").item()
-    return entropy, kl, (own.argmax(-1) == reference.argmax(-1)).float().mean().item()
+def _ratio(model, method: Method, base: PopConfig, w: Wanted) -> dict[str, float | None]:
+    if w.bytes_share is not None:
+        return {"ffn_ratio": fit(model, method, base, w.bytes_share)}
+    return {"ffn_ratio": w.ffn_ratio} if w.ffn_ratio is not None else {"pruning_ratio": w.pruning_ratio}
 
 
-def _row(method: str, ratio: float, share: float, scores: list[tuple], subsets: list[list[Tensor]]) -> Row:
-    entropies, kls, agreements = zip(*scores)
-    perplexities = [math.exp(value) for value in entropies]
+@contextmanager
+def _attached(model, method: Method, asked: PopConfig, calibration: list[Case] | None) -> Iterator:
+    state = attach_with(model, method.config(asked), method.sizes)
+    try:
+        if method.prepare is not None:
 
-    def spread(values) -> float:
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+            def read() -> None:
+                for case in calibration:
+                    decode_logits(model, case.inputs, case.tokens, state.simulated_decode)
 
-    return Row(
-        method,
-        ratio,
-        share,
-        statistics.mean(perplexities),
-        spread(perplexities),
-        max(statistics.mean(kls), 0.0),
-        spread(kls),
-        statistics.mean(agreements),
-        spread(agreements),
-        sum(map(len, subsets)),
-        len(subsets),
-    )
+            method.prepare(state, read)
+        yield state
+    finally:
+        detach(model)
 
 
-def subsets_of_text(model, tokenizer, args: Namespace) -> list[list[Tensor]]:
-    """Token ids of ``args.subsets`` disjoint subsets of the texts in a file, or of the model's own samples."""
-    wanted = args.subsets * args.texts_per_subset
-    length = args.context + args.continuation
-    if args.text is None:
-        texts = _own_samples(model, tokenizer, wanted, length)
-    else:
-        stories = [story.strip() for story in args.text.read_text(encoding="utf-8").split(SEPARATOR)]
-        stories = [story for story in stories if story]
-        stories = stories[round(args.start * len(stories)) :]
-        cut = dict(truncation=True, max_length=length)
-        encoded = (torch.tensor(tokenizer(story, **cut)["input_ids"]) for story in stories)
-        texts = [ids.to(model.device) for ids in encoded if len(ids) >= args.context + 8]
-    if len(texts) < wanted:
-        raise ValueError(
-            f"{len(texts)} texts of at least {args.context + 8} tokens, but {args.subsets} subsets of "
-            f"{args.texts_per_subset} need {wanted}: give a longer file, or lower --texts-per-subset or --context"
-        )
-    return [texts[i * args.texts_per_subset : (i + 1) * args.texts_per_subset] for i in range(args.subsets)]
+def _measure(model, case: Case, dense: Tensor, around) -> dict:
+    """Of one case, at the positions that are decoded; ``exact`` and ``prefix`` count the prompt's own token too."""
+    logits = decode_logits(model, case.inputs, case.tokens, around)
+    own, reference = logits.log_softmax(-1), dense.log_softmax(-1)
+    likeliest = own.argmax(-1)
+    found = {
+        "entropy": F.nll_loss(own[1:], case.tokens[1:], reduction="none"),
+        "kl": F.kl_div(own[1:], reference[1:], log_target=True, reduction="none").sum(-1),
+        "top1": (likeliest == reference.argmax(-1))[1:].float(),
+        "exact": (likeliest == case.tokens).all().float().view(1),
+    }
+    if case.greedy is not None:
+        same = decode_logits(model, case.inputs, case.greedy, around).argmax(-1) == case.greedy
+        found["prefix"] = same.long().cumprod(0).sum().float().view(1)
+    return found
 
 
-def _own_samples(model, tokenizer, n: int, length: int) -> list[Tensor]:
-    """Texts sampled from the dense model itself, from its start token."""
-    torch.manual_seed(0)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = torch.full((n, 1), start, device=model.device)
-    texts = model.generate(ids, do_sample=True, max_new_tokens=length - 1, min_new_tokens=length - 1)
-    return list(texts)
+def _subset(found: list[dict]) -> dict[str, float]:
+    mean = {name: torch.cat([f[name] for f in found]).double().mean().item() for name in found[0]}
+    mean["perplexity"] = math.exp(min(mean.pop("entropy"), 700.0))
+    return {"prefix": math.nan, **mean}
 
 
-def rows_to_markdown(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
-    lines = [
-        "| method | pruned | FFN bytes | perplexity | KL to dense | top-1 agreement |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r.method} | {r.pruning_ratio:.0%} | {r.bytes_share:.1%} "
-            f"| {r.perplexity:.3f} ± {r.perplexity_spread:.3f} "
-            f"| {r.kl:.4f} ± {r.kl_spread:.4f} | {r.top1:.1%} ± {r.top1_spread:.1%} |"
-        )
-    first = rows[0]
-    lines.append(f"\n{first.texts} texts in {first.subsets} disjoint subsets; ± is the spread over subsets.")
-    return "\n".join(lines)
-
-
-def rows_to_json(rows: list[Row], args: Namespace) -> str:
-    """Rows with what they were measured on."""
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "text")}
-    settings["text"] = args.text.name if args.text else "own samples"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
-    return json.dumps({"settings": settings, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1)
+def _row(method: str, ratio: float, share: float, scores: list[dict[str, float]], subsets: list[list[Case]]) -> Row:
+    values = {}
+    for name in MEASURES:
+        of_subsets = [score[name] for score in scores]
+        values[name] = statistics.mean(of_subsets)
+        values[f"{name}_spread"] = statistics.stdev(of_subsets) if len(of_subsets) > 1 else 0.0
+    values["kl"] = max(values["kl"], 0.0)  # rounding
+    return Row(method, ratio, share, **values, texts=sum(map(len, subsets)), subsets=len(subsets))

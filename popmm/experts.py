@@ -66,7 +66,8 @@ class PrunedExperts(PrunedSite):
         experts = index.flatten()
         h, passing = self._hidden(x, index, w), None
         if self.config.selection == "mask":
-            passing = arithmetic.select(h, self.score, layout.down_norm[experts], sizes.retained, sizes.budget)
+            norm = layout.down_norm[experts]
+            passing = arithmetic.select(h, self.score, norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, None if layout.mean is None else layout.mean[experts])
         return _down(h, w, index, weight, x), passing
 
@@ -120,8 +121,8 @@ class PrunedExperts(PrunedSite):
             y, places = self.layout.decode(pairs, combine, experts)
             passing = self.marked(places) if self.trace is not None else None
         else:
-            mask = self.phase.simulating
-            y, passing = self.layout.decode_all(pairs, combine, self.site.weights(), mask, experts)
+            choose = self.choose if self.phase.simulating else None
+            y, passing = self.layout.decode_all(pairs, combine, self.site.weights(), choose, experts)
         return _mix(y, weight, x), passing
 
     def release(self) -> None:

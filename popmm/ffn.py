@@ -73,7 +73,9 @@ def best(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :k], True)
 
 
-def select(h: Tensor, score: Callable, down_norm: Tensor, retained: int, budget: int) -> Tensor:
+def select(
+    h: Tensor, score: Callable, down_norm: Tensor, retained: int, budget: int, choose: Callable = best
+) -> Tensor:
     """Which of the channels in reading order [R | C] pass for each token (paper, decode step).
 
     Args:
@@ -82,13 +84,14 @@ def select(h: Tensor, score: Callable, down_norm: Tensor, retained: int, budget:
         down_norm: ``||W_down[:, i]||`` of the same channels, float32, broadcastable to ``h``.
         retained: |R|, always on.
         budget: K, how many channels pass.
+        choose: which of the scored candidates pass.
 
     Returns:
-        bool ``[n_tokens, |R| + |C|]`` with exactly K True in each row.
+        bool ``[n_tokens, |R| + |C|]``, with ``best`` exactly K True in each row.
     """
     candidates = score(h[..., retained:].float(), down_norm[..., retained:])
     on = torch.ones_like(h[..., :retained], dtype=torch.bool)
-    return torch.cat([on, best(candidates, budget - retained)], dim=-1)
+    return torch.cat([on, choose(candidates, budget - retained)], dim=-1)
 
 
 def fill_in(h: Tensor, passing: Tensor, mean: Tensor | None) -> Tensor:

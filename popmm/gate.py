@@ -8,6 +8,7 @@ buys. With ``gate_bits`` 8 or 4 a quantised copy of the gate rows gives ``g_i``,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from popmm import kernels
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
 from popmm.expert_linear import expert_linear
-from popmm.ffn import Combine, FFNWeights, best, down_norm, gather, identity
+from popmm.ffn import Combine, FFNWeights, down_norm, gather, identity
 from popmm.kernels.twin import quantise
 from popmm.partition import FFNPartition
 
@@ -188,11 +189,14 @@ class GateLayout:
             y = y + (self.down_bias if experts is None else self.down_bias[experts])
         return y, index
 
-    def decode_all(self, x: Tensor, combine: Combine, source: FFNWeights, mask: bool, experts: Tensor | None = None):
+    def decode_all(
+        self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The same with every up row computed: for many rows at once.
 
         Args:
-            mask: whether each row's best K pass alone (one pass over a text, as if token by token), or all U.
+            choose: what passes of each row, from scores and K (``ffn.best``: one pass over a text is then as if
+                token by token); None = all U.
 
         Returns:
             y as in ``decode``; which of the U channels passed, bool ``[n, U]``, None = all.
@@ -204,7 +208,7 @@ class GateLayout:
         else:
             u = expert_linear(x, source.up, experts, source.up_bias)
         h = combine(g, u.gather(1, order))
-        passing = best(self.score(g, combine, experts), self.sizes.budget) if mask else None
+        passing = None if choose is None else choose(self.score(g, combine, experts), self.sizes.budget)
         if self.mean is not None:
             h = h - (self.mean if experts is None else self.mean[experts])
         if passing is not None:

@@ -40,9 +40,10 @@ class Sequence:
     statistics: dict[str, JointStatistics] = field(default_factory=dict)  # by FFN name
     version: int | None = None  # of the cache's length tensor, after the last pass
     earlier: list[tuple[int, dict[str, JointStatistics]]] = field(default_factory=list)  # (start of pass, before it)
+    steps: int = 0  # decoded since the statistics grew
 
     def __deepcopy__(self, memo: dict) -> Sequence:
-        return Sequence(self.owner, dict(self.statistics), None, list(self.earlier))
+        return Sequence(self.owner, dict(self.statistics), None, list(self.earlier), self.steps)
 
     def crop(self, past: int) -> None:
         """Forgets the passes that a cache cropped to ``past`` tokens no longer holds any token of."""
@@ -53,6 +54,7 @@ class Sequence:
         """Keeps a pass that began after ``past`` tokens."""
         self.earlier = [*self.earlier, (past, self.statistics)][-KEPT_PASSES:]
         self.statistics = {**self.statistics, **statistics}
+        self.steps = 0
 
     @property
     def has_tokens(self) -> bool:
@@ -120,13 +122,15 @@ class PromptPass:
     shape: tuple[int, int]  # batch, tokens per sequence
     past: int  # tokens in the cache before it
     groups: dict[str, Tensor | None]  # bool [batch * n_tokens] by modality, None = every token
+    weight: int = 1  # how many tokens each of its tokens stands for
     statistics: dict[str, JointStatistics] = field(default_factory=dict)
 
 
 class Phase:
     """Follows the passes of one attached model and keeps its FFNs partitioned for the sequence at hand."""
 
-    def __init__(self, ffns: list[PrunedSite]) -> None:
+    def __init__(self, ffns: list[PrunedSite], refresh_every: int = 0) -> None:
+        self.refresh_every = refresh_every
         self.decoding = False  # read by every FFN; between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None
         self.shape = (0, 0)
@@ -190,7 +194,9 @@ class Phase:
             if self.simulating:
                 return self._decode(forward, args, kwargs, shape, cache)
             known = self._sequence_of(cache)
-            if shape[1] == 1 and not self.in_prompt and has_past(cache, known) and self._can_decode(known):
+            steps = shape[1] == 1 and not self.in_prompt and has_past(cache, known) and self._can_decode(known)
+            refreshes = steps and known is not None and self._is_due(known)
+            if steps and not refreshes:
                 return self._decode(forward, args, kwargs, shape, cache)
             past = 0 if cache is None else int(cache.get_seq_length())
             counted = counted_tokens(arguments.get("attention_mask"), shape, past)
@@ -201,7 +207,8 @@ class Phase:
             if self.copies > 1 and shape[0] % self.copies == 0:
                 counted = first_copies(counted, shape, self.copies)
             groups = token_groups(counted, self._modalities(shape))
-            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, past, groups), cache)
+            prompt = PromptPass(sequence, shape, past, groups, weight=sequence.steps if refreshes else 1)
+            return self._prefill(forward, args, kwargs, prompt, cache)
 
     @contextmanager
     def reading_prompt(self) -> Iterator[None]:
@@ -260,6 +267,17 @@ class Phase:
         if self._active is not None:
             self._activate(self._active)
 
+    def compiled_step(self) -> bool:
+        """Counts a decode step that runs compiled, unseen from here; whether it must run by itself instead."""
+        if self._active is None or self._is_due(self._active):
+            return True
+        self._active.steps += 1
+        return False
+
+    def _is_due(self, sequence: Sequence) -> bool:
+        """Whether the next decode step is the dense one that refreshes the statistics."""
+        return self.refresh_every > 0 and sequence.steps >= self.refresh_every
+
     def _sequence_of(self, cache) -> Sequence | None:
         sequence = getattr(cache, _ON_CACHE, None)
         return sequence if sequence is not None and sequence.owner is self._owner else None
@@ -278,6 +296,7 @@ class Phase:
         output = forward(*args, **kwargs)
         known = self._sequence_of(cache)
         if known is not None:
+            known.steps += shape[1]
             remember_length(cache, known)
         return output
 

@@ -53,13 +53,9 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
         experts = f"{ffn.site.top_k} of {ffn.site.n_experts}" if ffn.site.is_experts else "-"
         table.add_row(ffn.name, experts, *sizes, human_bytes(pruned), f"{pruned / dense:.1%}")
     pruned, dense = state.bytes_per_token()
-    c = state.config
+    c = ffns[0].config
     importance = c.importance if isinstance(c.importance, str) else "callable"
     status = f"partitioned from {prompt_tokens(state)}" if state.ready else "waiting for a prompt"
-    how = f"selection={c.selection}"
-    if c.selection == "gate" and not ffns[0].sizes.is_dense:
-        most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)
-        how += f" gate_bits={c.gate_bits} (batches above {most} read all rows of C: each token's own would be more)"
     how = f"selection={c.selection}"
     if c.selection == "gate" and not ffns[0].sizes.is_dense:
         most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,17 +11,20 @@ from torch import Tensor
 
 from popmm import ffn as arithmetic
 from popmm.budget import RegionSizes
-from popmm.gate import gate_row_bytes
 from popmm.importance import ChannelStatistics, measure, token_score
 from popmm.layout import Layout
 from popmm.modality import JointStatistics
 from popmm.partition import FFNPartition, split
+from popmm.traffic import bytes_read
 
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
     from popmm.config import PopConfig
     from popmm.phase import Phase, PromptPass
     from popmm.trace import Trace
+
+
+Choose = Callable[[Tensor, int], Tensor]  # (scores [..., n], k) -> mask of those that pass
 
 
 class PrunedSite:
@@ -35,7 +38,9 @@ class PrunedSite:
         self.score = token_score(config.importance)
         self.partition: FFNPartition | None = None
         self.trace: Trace | None = None
-        self.only_modality: str | None = None  # whose statistics alone count, for baselines
+        # what baselines replace: whose statistics alone count, and which scored channels pass
+        self.only_modality: str | None = None
+        self.choose: Choose = arithmetic.best
         self.layout = layout
         self.layout.allocate(site.weights())
 
@@ -88,6 +93,7 @@ class PrunedSite:
 
     def add(self, prompt: PromptPass, new: JointStatistics) -> JointStatistics:
         """Adds a pass's statistics to what the sequence has; kept by the phase if the pass ends well."""
+        new = new.times(prompt.weight)
         known = prompt.statistics.get(self.name) or prompt.sequence.statistics.get(self.name)
         prompt.statistics[self.name] = new if known is None else known + new
         return prompt.statistics[self.name]
@@ -109,19 +115,8 @@ class PrunedSite:
         self.dense_forward = None
 
     def bytes_per_token(self) -> tuple[float, float]:
-        """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``.
-
-        The mask selection needs the down columns of the K channels that pass only:
-        ``(2 (|R| + |C|) + K) / 3`` channels; gate the gate rows of |R| + |C|, up and down of K.
-        """
-        s, weights = self.sizes, self.site.weights()
-        dense = self.site.active_bytes()
-        if self.wants_up:
-            gates = s.read * gate_row_bytes(weights, self.config.gate_bits)
-            rest = s.budget * weights.bytes_per_channel() * 2 / 3
-            return (gates + rest) * self.site.active_channels() / s.d_ff, dense
-        channels = (2 * s.read + s.budget) / 3 if self.config.selection == "mask" else s.read
-        return channels * (dense // s.d_ff), dense
+        """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``."""
+        return bytes_read(self.site, self.sizes, self.config), self.site.active_bytes()
 
 
 class PrunedFFN(PrunedSite):
@@ -164,7 +159,8 @@ class PrunedFFN(PrunedSite):
             y, index = layout.decode(rows, combine)
             passing = self.marked(index) if self.trace is not None else None
         else:
-            y, passing = layout.decode_all(rows, combine, self.site.weights(), mask=self.phase.simulating)
+            choose = self.choose if self.phase.simulating else None
+            y, passing = layout.decode_all(rows, combine, self.site.weights(), choose)
         return y.view(x.shape), passing
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -179,7 +175,7 @@ class PrunedFFN(PrunedSite):
         layout, sizes = self.layout, self.sizes
         h, passing = arithmetic.hidden(x, layout.weights, self.site.combine), None
         if self.config.selection == "mask":
-            passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget)
+            passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, layout.mean)
         return arithmetic.project_down(h, layout.weights), passing
 

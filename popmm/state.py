@@ -128,11 +128,27 @@ class PartitionState:
         synchronize()
         return time.perf_counter() - start
 
-    def rank_experts_by(self, importance: Callable[[ChannelStatistics], Tensor]) -> None:
-        """Replaces how experts' channels are ranked (for baselines): statistics to ``[n_experts, d_ff]``."""
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is pruned, so that every pass is the model's own."""
+        return all(ffn.sizes.is_dense for ffn in self._ffns) and not self._tower
+
+    def rank_by(self, importance: Callable[[PrunedSite, ChannelStatistics], Tensor | None]) -> None:
+        """Replaces how channels are ranked (for baselines).
+
+        Args:
+            importance: from an FFN and its statistics to float32 ``[(E,) d_ff]``, or None for what it ranks by now.
+        """
+
+        def replaced(ffn: PrunedSite, own: Callable) -> Callable[[ChannelStatistics], Tensor]:
+            def rank(statistics: ChannelStatistics) -> Tensor:
+                found = importance(ffn, statistics)
+                return own(statistics) if found is None else found
+
+            return rank
+
         for ffn in self._ffns:
-            if ffn.site.is_experts:
-                ffn.importance = importance
+            ffn.importance = replaced(ffn, ffn.importance)
 
     def rank_by_modality(self, name: str | None) -> None:
         """Makes partitions from the tokens of one modality alone (for baselines); None = all of them."""

@@ -73,6 +73,22 @@ def exclusive(generate: Callable, phase: Phase) -> Callable:
     return exclusive_generate
 
 
+def refreshed(get_compiled_call: Callable, phase: Phase) -> Callable:
+    """``generate``'s compiled step, which is left out where a step refreshes the partition."""
+
+    @functools.wraps(get_compiled_call)
+    def get_refreshed_call(*args, **kwargs):
+        compiled, model = get_compiled_call(*args, **kwargs), get_compiled_call.__self__
+
+        def step(*args, **kwargs):
+            reads_prompt = phase.in_prompt or kwargs["input_ids"].shape[1] != 1
+            return (compiled if reads_prompt or not phase.compiled_step() else model)(*args, **kwargs)
+
+        return step
+
+    return get_refreshed_call
+
+
 def chunked(prefill: Callable, phase: Phase) -> Callable:
     """``generate``'s prefill, in which a last chunk of one token is told apart from a decode step."""
 

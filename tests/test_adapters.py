@@ -42,7 +42,7 @@ def test_activation_called_inline_is_found_by_the_probe(llama, activation):
 
 def test_an_ffn_shared_by_two_layers_is_one_ffn(llama):
     llama.model.layers[1].mlp = llama.model.layers[0].mlp
-    with popmm.pruned(llama, ffn_ratio=0.4) as state, state.trace() as trace:
+    with popmm.pruned(llama, ffn_ratio=0.4, selection="mask") as state, state.trace() as trace:
         llama.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False)
         assert state.ready and list(state.layers) == ["model.layers.0.mlp"]
         assert (trace["model.layers.0.mlp"].sum(-1) == 48).all()

@@ -30,8 +30,9 @@ def untouched(model):
         ({"importance": "magic"}, r"importance='magic': give one of 'wanda', 'griffin', 'flock'"),
         ({"skip_layers": (-1,)}, r"skip_layers=\(-1,\): give layer indices counted from 0"),
         ({"skip_layers": 3}, r"skip_layers=3: give layer indices"),
-        ({"refresh_every": 8}, r"refresh_every=8: this version takes only refresh_every=0"),
-        ({"gate_bits": 4}, r"gate_bits=4 reads a quantised copy of all gate rows: give selection='gate'"),
+        ({"refresh_every": -1}, r"refresh_every=-1: give a number of decode steps, or 0 for never"),
+        ({"refresh_every": 2.5}, r"refresh_every=2.5: give a number of decode steps"),
+        ({"selection": "keep", "gate_bits": 4}, r"gate_bits=4 belongs to selection='gate': leave it out with 'keep'"),
         ({"gate_bits": 2}, r"gate_bits=2: give 16, 8 or 4"),
         ({"selection": "gate", "gate_bits": 8, "candidate_fraction": 0.5}, r"gate_bits=8 .* no candidate_fraction"),
         ({"prior_tokens": -1}, r"prior_tokens=-1: give a number of tokens"),
@@ -269,7 +270,7 @@ def test_interrupt_while_partitioning_leaves_a_dense_model(llama, monkeypatch):
 
     ids = tiny.prompt(9)
     dense = llama(ids).logits
-    with popmm.pruned(llama, ffn_ratio=0.4) as state:
+    with popmm.pruned(llama, ffn_ratio=0.4, selection="keep") as state:
         expected = llama.generate(ids, max_new_tokens=4, do_sample=False)
 
         def interrupt(*args):

@@ -77,7 +77,7 @@ def test_bench_command_writes_rows_and_a_plot(tmp_path, capsys):
     how = ["--tiny", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1", "--ratios", "0.2"]
     assert main(["bench", "--shape", "moe-1k", *how, *files]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["row"] for row in rows][:3] == ["dense eager", "dense grouped_mm", "mask 20%"]
+    assert [row["row"] for row in rows][:3] == ["dense eager", "dense grouped_mm", "gate 20%"]
     assert (tmp_path / "plot.png").stat().st_size > 5000
     assert "moe-1k (tiny), float32, batch 1" in capsys.readouterr().out
 

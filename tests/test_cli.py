@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from popmm.cli import main
-from popmm.evaluate import METHODS
+from popmm.methods import METHODS
 
 SHORT = ["--max-new-tokens", "8"]
 
@@ -24,7 +24,7 @@ def test_generate_compare_shows_both_and_their_cost(model, capsys):
     out = capsys.readouterr().out
     for words in (
         "dense",
-        "mask, 20% pruned",
+        "gate, 20% pruned",
         "tokens/s",
         "FFN bytes per token",
         "partition time",
@@ -56,15 +56,48 @@ def test_eval_prints_a_table_and_writes_json(tmp_path, capsys):
     arguments += ["--texts-per-subset", "2", "--subsets", "2", "--json", str(result)]
     assert main(["eval", *arguments]) == 0
     out = capsys.readouterr().out
-    assert "| mask | 20% |" in out and "4 texts in 2 disjoint subsets" in out
+    assert "| mask | 20% pruned |" in out and "4 texts in 2 disjoint subsets" in out
     rows = json.loads(result.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["dense", *list(METHODS)[:8]]
+    expected = [name for name, method in METHODS.items() if not method.experts_only and not method.calibrated]
+    assert [row["method"] for row in rows] == ["dense", *expected]
+
+
+def test_eval_at_equal_bytes_draws_a_picture(tmp_path, capsys):
+    plot = tmp_path / "plot.png"
+    arguments = ["--bytes", "0.7,0.5", "--methods", "mask;CATS;gate;weights at int4", "--dtype", "bfloat16"]
+    sizes = ["--context", "10", "--continuation", "10", "--texts-per-subset", "2", "--subsets", "2"]
+    assert main(["eval", *arguments, *sizes, "--calibration", "2", "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert "| gate | 70% of bytes |" in out and "| CATS | 50% of bytes |" in out and "| weights at int4 |" in out
+    assert Image.open(plot).size[0] > 500
+
+
+def test_eval_sweeps_gamma(tmp_path, capsys):
+    sizes = ["--context", "10", "--continuation", "10", "--texts-per-subset", "2", "--subsets", "1"]
+    plot = ["--plot", str(tmp_path / "plot.png")]
+    assert main(["eval", "--sweep", "gamma", "--ratios", "0.2", *sizes, *plot]) == 0
+    out = capsys.readouterr().out
+    assert all(f"| mask, gamma {gamma} | 20% pruned |" in out for gamma in (0.0, 0.1, 0.5))
+    assert Image.open(tmp_path / "plot.png").size[0] > 500
+
+
+def test_eval_at_equal_bytes_about_pictures(capsys):
+    arguments = ["--model", "zoo:shapes", "--task", "shapes", "--bytes", "0.7", "--methods", "mask;gate"]
+    assert main(["eval", *arguments, "--pictures", "1", "--seeds", "1"]) == 0
+    assert "exact answers" in capsys.readouterr().out
+
+
+def test_inspect_draws_the_dynamics(tmp_path, capsys):
+    file = tmp_path / "dynamics.png"
+    assert main(["inspect", "--dynamics", "--out", str(file), *SHORT]) == 0
+    assert "of a step's top half is in the prompt's" in capsys.readouterr().out
+    assert Image.open(file).size[0] > 500
 
 
 def test_eval_without_a_text_uses_the_models_own_samples(capsys):
     arguments = ["--ratios", "0.2", "--methods", "keep", "--context", "10", "--continuation", "10"]
     assert main(["eval", *arguments, "--texts-per-subset", "2", "--subsets", "1"]) == 0
-    assert "| keep | 20% |" in capsys.readouterr().out
+    assert "| keep | 20% pruned |" in capsys.readouterr().out
 
 
 def test_demo_compares_20_and_40_percent(capsys):

@@ -113,7 +113,7 @@ def test_pruned_detaches_when_its_body_raises(llama):
 
 def test_exactly_k_channels_pass_per_token_layer_and_sequence(model):
     ids = tiny.prompt(9, batch=3)
-    with popmm.pruned(model, ffn_ratio=0.4) as state:
+    with popmm.pruned(model, ffn_ratio=0.4, selection="mask") as state:
         with state.trace() as trace:
             model.generate(ids, max_new_tokens=6, do_sample=False)
         for name, partition in state.layers.items():
@@ -133,7 +133,7 @@ def test_each_sequence_of_a_batch_has_its_own_mask(llama):
 @torch.no_grad()
 def test_prefill_pruned_turns_the_pruned_channels_off_in_the_prompt(llama):
     ids = tiny.prompt(12)
-    with popmm.pruned(llama, ffn_ratio=0.5, prefill="pruned") as state:
+    with popmm.pruned(llama, ffn_ratio=0.5, prefill="pruned", selection="mask") as state:
         logits = llama(ids).logits
         p = state.layers["model.layers.0.mlp"]
         layers = [independent.channels(layer) for layer in state.layers.values()]
@@ -180,7 +180,7 @@ def test_callable_importance_ranks_channels(llama):
 def test_half_precision_weights_keep_float32_statistics(dtype):
     model = tiny.build(tiny.DENSE["llama"], dtype=dtype)
     ids = tiny.prompt(12)
-    with popmm.pruned(model, ffn_ratio=0.5) as state:
+    with popmm.pruned(model, ffn_ratio=0.5, selection="mask") as state:
         model.generate(ids, max_new_tokens=4, do_sample=False)
         partition = state.layers["model.layers.0.mlp"]
     assert partition.importance.dtype == torch.float32

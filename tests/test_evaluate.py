@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import popmm
-from popmm.evaluate import METHODS, evaluate, methods_for, rows_to_markdown
+from popmm.evaluate import Case, Wanted, evaluate, with_greedy
+from popmm.methods import METHODS, methods_for
+from popmm.tables import rows_to_markdown
+from popmm.texts import cases_of
 
 
 def models():
@@ -17,12 +20,13 @@ def models():
 
 
 @pytest.mark.parametrize("name, build", list(models()))
-@pytest.mark.parametrize("selection", ["mask", "keep"])
+@pytest.mark.parametrize("selection", ["mask", "keep", "gate"])
 @torch.no_grad()
 def test_one_simulated_pass_equals_decoding_token_by_token(name, build, selection):
     model = build(name)
     prompt, continuation = tiny.prompt(12), tiny.prompt(7, seed=1)
-    with popmm.pruned(model, ffn_ratio=0.4, candidate_fraction=0.3, selection=selection) as state:
+    band = None if selection == "gate" else 0.3
+    with popmm.pruned(model, ffn_ratio=0.4, candidate_fraction=band, selection=selection) as state:
         cache = model(prompt).past_key_values
         one_by_one = [model(continuation[:, i : i + 1], past_key_values=cache).logits for i in range(7)]
         cache = model(prompt).past_key_values
@@ -34,18 +38,23 @@ def test_one_simulated_pass_equals_decoding_token_by_token(name, build, selectio
 
 def test_rows_hold_the_measures_of_the_definition(llama):
     texts = [tiny.prompt(20, seed=s)[0] for s in range(4)]
-    rows = evaluate(llama, [texts[:2], texts[2:]], ["keep"], [0.3], popmm.PopConfig(), context=10)
+    subsets = [with_greedy(llama, cases_of(part, context=10), 6) for part in (texts[:2], texts[2:])]
+    rows = evaluate(llama, subsets, [Wanted("keep", pruning_ratio=0.3)], popmm.PopConfig())
     dense, keep = rows
     assert (dense.method, dense.kl, dense.top1, dense.bytes_share) == ("dense", 0.0, 1.0, 1.0)
-    kls, perplexities, agreements = [], [], []
+    kls, perplexities, agreements, prefixes = [], [], [], []
     for subset in (texts[:2], texts[2:]):
-        kl, entropy, agree = [], [], []
+        kl, entropy, agree, prefix = [], [], [], []
         for ids in subset:
             with torch.no_grad():
                 reference = llama(ids[None]).logits[0, 10:-1].log_softmax(-1)
                 with popmm.pruned(llama, pruning_ratio=0.3, selection="keep"):
                     cache = llama(ids[None, :10]).past_key_values
                     own = [llama(ids[None, i : i + 1], past_key_values=cache).logits[0] for i in range(10, 19)]
+                reference_text = llama.generate(ids[None, :10], do_sample=False, max_new_tokens=6)[0, 10:]
+                with popmm.pruned(llama, pruning_ratio=0.3, selection="keep"):
+                    text = llama.generate(ids[None, :10], do_sample=False, max_new_tokens=6)[0, 10:]
+            prefix.append(next((i for i in range(6) if text[i] != reference_text[i]), 6))
             own = torch.cat(own).log_softmax(-1)
             kl.append((reference.exp() * (reference - own)).sum(-1))
             entropy.append(F.nll_loss(own, ids[11:], reduction="none"))
@@ -53,16 +62,18 @@ def test_rows_hold_the_measures_of_the_definition(llama):
         kls.append(torch.cat(kl).mean().item())
         perplexities.append(math.exp(torch.cat(entropy).mean().item()))
         agreements.append(torch.cat(agree).float().mean().item())
+        prefixes.append(sum(prefix) / 2)
     assert keep.kl == pytest.approx(sum(kls) / 2, rel=1e-3)
     assert keep.perplexity == pytest.approx(sum(perplexities) / 2, rel=1e-4)
     assert keep.top1 == pytest.approx(sum(agreements) / 2)
     assert keep.kl_spread == pytest.approx(abs(kls[0] - kls[1]) / 2**0.5, rel=1e-2)
-    assert "| keep | 30% |" in rows_to_markdown(rows)
+    assert keep.prefix == pytest.approx(sum(prefixes) / 2)
+    assert "| keep | 30% pruned |" in rows_to_markdown(rows)
 
 
 def test_all_rescored_reads_all_gate_and_up_rows(llama):
-    texts = [tiny.prompt(20)[0]]
-    (_, row) = evaluate(llama, [texts], ["all re-scored"], [0.3], popmm.PopConfig(), context=10)
+    cases = cases_of([tiny.prompt(20)[0]], context=10)
+    (_, row) = evaluate(llama, [cases], [Wanted("all re-scored", pruning_ratio=0.3)], popmm.PopConfig())
     ratio = popmm.budget.ffn_ratio(llama, 0.3)
     assert row.bytes_share == pytest.approx((2 * 80 + round((1 - ratio) * 80)) / (3 * 80), abs=1e-6)
 
@@ -71,13 +82,24 @@ def test_experts_sharing_a_partition_is_a_row_of_models_with_experts(llama):
     assert methods_for(llama) == [name for name, method in METHODS.items() if not method.experts_only]
     model = tiny.moe("mixtral")
     assert methods_for(model) == list(METHODS)
-    texts = [tiny.prompt(30, seed=s)[0] for s in range(2)]
+    cases = cases_of([tiny.prompt(30, seed=s)[0] for s in range(2)], context=20)
     names = ["mask", "mask, experts share a partition"]
-    rows = evaluate(model, [texts], names, [0.3], popmm.PopConfig(), context=20)
+    rows = evaluate(model, [cases], [Wanted(name, pruning_ratio=0.3) for name in names], popmm.PopConfig())
     assert rows[1].bytes_share == rows[2].bytes_share
     assert rows[1].kl != rows[2].kl
 
 
+def test_an_exact_answer_is_what_greedy_decoding_gives(llama):
+    prompt = tiny.prompt(10)
+    with popmm.pruned(llama, ffn_ratio=0.4):
+        said = llama.generate(prompt, do_sample=False, max_new_tokens=5)[0, 10:]
+    wrong = said.clone()
+    wrong[3] = (wrong[3] + 1) % 90
+    cases = [Case({"input_ids": prompt}, answer) for answer in (said, wrong, said, said)]
+    (_, row) = evaluate(llama, [cases], [Wanted("gate", ffn_ratio=0.4)], popmm.PopConfig())
+    assert row.exact == 0.75
+
+
 def test_unknown_method_is_named(llama):
     with pytest.raises(ValueError, match="unknown method 'best': give some of 'random'"):
-        evaluate(llama, [[tiny.prompt(20)[0]]], ["best"], [0.3], popmm.PopConfig(), context=10)
+        evaluate(llama, [cases_of([tiny.prompt(20)[0]], 10)], [Wanted("best", ffn_ratio=0.3)], popmm.PopConfig())

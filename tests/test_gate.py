@@ -15,7 +15,7 @@ from popmm.kernels.twin import dequantise, quantise
 
 DENSE = ("llama", "llama-bias", "phi3", "gemma3")
 MOE = ("mixtral", "qwen2-moe", "deepseek-v3", "gpt-oss")
-CONFIG = popmm.PopConfig(selection="gate", ffn_ratio=0.5, prior_tokens=0)
+CONFIG = popmm.PopConfig(selection="gate", gate_bits=16, ffn_ratio=0.5, prior_tokens=0)
 SETTINGS = [
     {},
     {"candidate_fraction": 0.6},
@@ -232,6 +232,31 @@ def test_bytes_per_token_is_what_is_read():
     with popmm.pruned(model, CONFIG.replace(gate_bits=4)) as state:
         s = state._ffns[0].sizes
         assert state.bytes_per_token()[0] == 2 * (80 * (32 / 2 + 2) + 2 * s.budget * 32 * 4)
+
+
+def test_gate_is_the_default_and_gamma_alone_asks_for_the_papers_mask():
+    assert popmm.PopConfig().selection == "gate"
+    assert popmm.PopConfig(candidate_fraction=0.1).selection == "mask"
+    assert popmm.PopConfig.paper() == popmm.PopConfig(selection="mask", prefill="pruned")
+
+
+@pytest.mark.parametrize("ratio, bits", [(0.15, 8), (0.3, 8), (0.4, 4), (0.5, 4)])
+def test_bits_follow_from_the_bytes_unless_given(ratio, bits):
+    model = build("llama").bfloat16()
+    with popmm.pruned(model, ffn_ratio=ratio) as state:
+        assert state._ffns[0].layout.bits == bits and state.config.gate_bits is None
+        pruned, dense = state.bytes_per_token()
+        assert pruned / dense == pytest.approx(1 - ratio, abs=0.02)
+        model.generate(tiny.prompt(9), max_new_tokens=3, do_sample=False)
+        assert f"gate_bits={bits}" in state.summary()
+    with popmm.pruned(model, ffn_ratio=ratio, gate_bits=16) as state:
+        assert state._ffns[0].layout.bits == 16
+
+
+def test_gate_rows_stay_as_they_are_where_they_cannot_be_quantised():
+    model = tiny.dense("llama", hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
+    with popmm.pruned(model, ffn_ratio=0.4) as state:
+        assert {ffn.layout.bits for ffn in state._ffns} == {16}
 
 
 def test_larger_batches_read_all_of_u_and_say_so():

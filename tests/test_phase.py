@@ -13,7 +13,7 @@ import popmm
 from popmm.padding import counted_tokens
 
 BUDGET = 48
-CONFIG = popmm.PopConfig(ffn_ratio=0.4)
+CONFIG = popmm.PopConfig(ffn_ratio=0.4, selection="mask")
 
 
 def expected(model, *prompts):

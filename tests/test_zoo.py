@@ -8,7 +8,8 @@ import torch
 
 import popmm
 from popmm import zoo
-from popmm.evaluate import evaluate
+from popmm.evaluate import Wanted, evaluate
+from popmm.texts import cases_of
 from popmm.zoo import train_stories
 
 # written for this test; neither in the training text nor by a model
@@ -77,10 +78,12 @@ def test_ratio_zero_generates_the_dense_text(bundled):
 
 def test_methods_rank_as_on_trained_models(bundled):
     model, tokenizer = bundled
-    names = ["random", "prompt mask", "mask", "all re-scored"]
-    rows = evaluate(model, [encoded(tokenizer)], names, [0.3], popmm.PopConfig(), context=40)
+    cases = cases_of(encoded(tokenizer), context=40)
+    names = ["random", "prompt mask", "mask", "gate, 16 bit", "gate"]
+    rows = evaluate(model, [cases], [Wanted(name, bytes_share=0.7) for name in names], popmm.PopConfig())
     kl = {row.method: row.kl for row in rows}
-    assert kl["random"] > kl["prompt mask"] > kl["mask"] > kl["all re-scored"] > 0
+    assert kl["random"] > kl["prompt mask"] > kl["mask"] > kl["gate, 16 bit"] > kl["gate"] > 0
+    assert kl["gate"] < kl["mask"] / 4
 
 
 def test_router_of_the_bundled_experts_is_balanced():

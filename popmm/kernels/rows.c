@@ -183,9 +183,9 @@ static inline ints widened(const uint8_t *c) {
 #endif
 }
 
-/* float16, not negative */
+/* float16, finite */
 static inline float from_half(uint16_t h) {
-    const uint32_t bits = (uint32_t)h << 13;
+    const uint32_t bits = (uint32_t)(h & 0x8000) << 16 | (uint32_t)(h & 0x7fff) << 13;
     float f;
     memcpy(&f, &bits, 4);
     return f * 0x1p112f;

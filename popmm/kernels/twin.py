@@ -28,25 +28,58 @@ def choose(score: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=-1)[0]
 
 
+# scales that are tried, of a group's weight of largest magnitude: it becomes -8, is clipped to -8, or becomes 7
+SCALES_4_BIT = (-1 / 8, -0.92 / 8, 1 / 7)
+ROWS_AT_ONCE = 1 << 22  # weights quantised together, which bounds the memory that this takes
+
+
 def quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Round to nearest, one scale per group of a row.
+    """Round to nearest, one scale per group of a row: of a few scales the one with the least squared error.
 
     Args:
         rows: ``[n, d]``, d a multiple of ``group``.
 
     Returns:
         codes, int8 ``[n, d]`` for 8 bits, uint8 ``[n, d / 2]`` for 4 (the first half of a group in the low
-        nibbles, the second half in the high ones, 8 added); and scales, float16 ``[n, d / group]``.
+        nibbles, the second half in the high ones, 8 added); and scales, float16 ``[n, d / group]``, of either sign
+        for 4 bits.
     """
+    n, d = rows.shape
+    step = max(1, ROWS_AT_ONCE // d)
+    parts = [_quantise(rows[start : start + step], bits, group) for start in range(0, n, step)]
+    codes, scales = zip(*parts)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     n, d = rows.shape
     parts = rows.float().view(n, d // group, group)
     highest = 2 ** (bits - 1) - 1
-    scale = (parts.abs().amax(-1) / highest).half().clamp(min=6e-8)
-    codes = (parts / scale.float().unsqueeze(-1)).round().clamp(-highest - 1, highest)
     if bits == 8:
-        return codes.to(torch.int8).view(n, d), scale
-    low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
+        scale = _as_half(parts.abs().amax(-1) / highest)
+        return _codes(parts, scale, bits).to(torch.int8).view(n, d), scale
+    # codes reach from -8 to 7, so the sign of the scale decides which side has the further one
+    extreme = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    scale, least = None, None
+    for factor in SCALES_4_BIT:
+        own = _as_half(factor * extreme)
+        error = (_codes(parts, own, bits) * own.float().unsqueeze(-1) - parts).square().sum(-1)
+        better = None if scale is None else error < least
+        scale = own if scale is None else torch.where(better, own, scale)
+        least = error if least is None else torch.where(better, error, least)
+    low, high = (_codes(parts, scale, bits) + 8).to(torch.uint8).chunk(2, dim=-1)
     return (low | (high << 4)).reshape(n, d // 2), scale
+
+
+def _as_half(scale: Tensor) -> Tensor:
+    """float16, away from zero and from infinity."""
+    size = scale.abs().clamp(6e-8, 65504.0).half()
+    return torch.where(scale < 0, -size, size)
+
+
+def _codes(parts: Tensor, scale: Tensor, bits: int) -> Tensor:
+    highest = 2 ** (bits - 1) - 1
+    return (parts / scale.float().unsqueeze(-1)).round().clamp(-highest - 1, highest)
 
 
 def dequantise(codes: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:

@@ -1,0 +1,53 @@
+"""Evaluation rows as Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from argparse import Namespace
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+
+from popmm.evaluate import Row
+
+if TYPE_CHECKING:
+    from popmm.answers import AnswerRow
+
+
+def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
+    """Rows as a Markdown table.
+
+    Args:
+        exact: whether the continuations are answers, whose exactness counts.
+    """
+    last = "exact answers" if exact else "same greedy tokens"
+    lines = [
+        f"| method | asked | FFN bytes | perplexity | KL to dense | top-1 agreement | {last} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r.bytes_wanted is not None:
+            asked = f"{r.bytes_wanted:.0%} of bytes"
+        else:
+            asked = f"{r.ffn_ratio if r.pruning_ratio is None else r.pruning_ratio:.0%} pruned"
+        end = f"{r.exact:.1%} ± {r.exact_spread:.1%}" if exact else f"{r.prefix:.1f} ± {r.prefix_spread:.1f}"
+        lines.append(
+            f"| {r.method} | {asked} | {r.bytes_share:.1%} | {r.perplexity:.3f} ± {r.perplexity_spread:.3f} "
+            f"| {r.kl:.4f} ± {r.kl_spread:.4f} | {r.top1:.1%} ± {r.top1_spread:.1%} "
+            f"| {'-' if not exact and math.isnan(r.prefix) else end} |"
+        )
+    first = rows[0]
+    lines.append(f"\n{first.texts} texts in {first.subsets} disjoint subsets; ± is the spread over subsets.")
+    return "\n".join(lines)
+
+
+def rows_to_json(rows: list[Row] | list[AnswerRow], args: Namespace) -> str:
+    """Rows with what they were measured on."""
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot", "text")}
+    settings["text"] = args.text.name if args.text else "own samples"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
+    return json.dumps({"settings": settings, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1)

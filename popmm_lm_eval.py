@@ -1,0 +1,35 @@
+"""Makes ``lm_eval --model popmm`` known to lm-evaluation-harness, which has no plug-ins of its own.
+
+``popmm-lm-eval.pth`` imports this at start-up, so it does next to nothing: when the harness' list of models has been
+loaded, the name ``popmm`` is added to it. ``popmm.harness`` itself is loaded when somebody asks for it.
+"""
+
+import sys
+
+
+class AddsPopmm:
+    """An import finder that waits for ``lm_eval.models``, and goes away then."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "lm_eval.models":
+            return None
+        sys.meta_path.remove(self)
+        from importlib.util import find_spec
+
+        spec = find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_add(module):
+            load(module)
+            from lm_eval.api import registry
+
+            models = getattr(registry, "model_registry", None)  # since 0.4.10
+            if models is not None and "popmm" not in models:
+                models.register("popmm", target="popmm.harness:PopLM")
+
+        spec.loader.exec_module = load_and_add
+        return spec
+
+
+if not any(type(finder).__name__ == "AddsPopmm" for finder in sys.meta_path):
+    sys.meta_path.insert(0, AddsPopmm())

@@ -1,0 +1,83 @@
+"""``refresh_every``: a dense step now and then, whose statistics stand for the steps since the last."""
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import popmm
+
+MODELS = {"llama": tiny.dense, "gemma3": tiny.dense, "mixtral": tiny.moe}
+LAYER = "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize("selection", ["mask", "gate"])
+@torch.no_grad()
+def test_the_step_that_is_due_is_dense_and_joins_the_statistics(llama, selection):
+    prompt, text = tiny.prompt(10), tiny.prompt(8, seed=1)[0]
+    dense = llama(torch.cat([prompt, text[None]], 1)).logits[0, 10:]
+    found = {}
+    mlp = llama.model.layers[0].mlp
+    with popmm.pruned(llama, ffn_ratio=0.5, selection=selection, refresh_every=3) as state:
+        cache = llama(prompt).past_key_values
+        squares = state.layers[LAYER].importance.double().square()
+        for i, token in enumerate(text):
+            handle = mlp.down_proj.register_forward_pre_hook(lambda m, args: found.update(h=args[0][0, 0]))
+            with state.trace() as trace:
+                logits = llama(token.view(1, 1), past_key_values=cache).logits[0, 0]
+            handle.remove()
+            if i % 4 == 3:  # after three pruned steps
+                assert trace[LAYER].numel() == 0  # a prompt pass, which records no decode step
+                score = found["h"].double().abs() * mlp.down_proj.weight.double().norm(dim=0)
+                squares = squares + 3 * score.square()
+                torch.testing.assert_close(state.layers[LAYER].importance.double().square(), squares, rtol=1e-4, atol=0)
+                assert int(state.layers[LAYER].tokens) == 10 + 3 * (i // 4 + 1)
+            else:
+                assert trace[LAYER].sum() == state.layers[LAYER].budget
+                assert not torch.allclose(logits, dense[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_never_refreshing_is_the_default(name):
+    model = MODELS[name](name)
+    with popmm.pruned(model, ffn_ratio=0.4) as state:
+        model.generate(tiny.prompt(10), max_new_tokens=20, do_sample=False)
+        first = next(iter(state.layers.values())).tokens.sum()
+    with popmm.pruned(model, ffn_ratio=0.4, refresh_every=5) as state:
+        model.generate(tiny.prompt(10), max_new_tokens=20, do_sample=False)
+        assert next(iter(state.layers.values())).tokens.sum() > first
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_decode_refreshes_as_eager_decode_does(name):
+    model = MODELS[name](name)
+    torch._dynamo.reset()
+    compile_config = CompileConfig(fullgraph=True, backend="eager")
+    compile_config._compile_all_devices = True
+    how = dict(max_new_tokens=14, do_sample=False)
+    graphs = []
+    with popmm.pruned(model, ffn_ratio=0.4, refresh_every=4) as state:
+        for seed in range(3):
+            prompt = tiny.prompt(9 + seed, seed=seed)
+            eager = model.generate(prompt, **how)
+            tokens = next(iter(state.layers.values())).tokens
+            static = dict(cache_implementation="static", compile_config=compile_config)
+            assert torch.equal(model.generate(prompt, **how, **static), eager)
+            assert torch.equal(next(iter(state.layers.values())).tokens, tokens)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 3
+
+
+def test_copied_and_cropped_caches_keep_their_place(llama):
+    import copy
+
+    with torch.no_grad(), popmm.pruned(llama, ffn_ratio=0.4, refresh_every=3) as state:
+        cache = llama(tiny.prompt(10)).past_key_values
+        for token in tiny.prompt(2, seed=1)[0]:
+            llama(token.view(1, 1), past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for own in (cache, twin):
+            for token in tiny.prompt(2, seed=2)[0]:  # the second is due
+                llama(token.view(1, 1), past_key_values=own)
+            assert int(state.layers[LAYER].tokens) == 13
