@@ -1,6 +1,6 @@
 """Prints the README's measured tables from benchmarks/results/.
 
-python benchmarks/readme_tables.py quality|speed
+python benchmarks/readme_tables.py quality|speed|figures
 """
 
 from __future__ import annotations
@@ -52,5 +52,17 @@ def speed() -> None:
                 )
 
 
+def figures() -> None:
+    """Draws docs/figures/equal-bytes-NAME.png."""
+    from popmm.evaluate import Row
+    from popmm.quality_plots import equal_bytes_figure
+
+    folder = RESULTS.parents[1] / "docs" / "figures"
+    folder.mkdir(exist_ok=True)
+    for name in ("stories260K", "babyllama361", "stories", "stories-moe", "shapes"):
+        rows = [Row(**row) for row in newest(f"*-equal-bytes-{name}.json")["rows"]]
+        equal_bytes_figure(rows, f"{name}, bfloat16", folder / f"equal-bytes-{name}.png", exact=name == "shapes")
+
+
 if __name__ == "__main__":
-    {"quality": quality, "speed": speed}[sys.argv[1]]()
+    {"quality": quality, "speed": speed, "figures": figures}[sys.argv[1]]()

@@ -8,6 +8,7 @@ Each row: KL to dense per token, mean and spread over 3 disjoint subsets of text
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ import torch
 from rich.progress import track
 
 import popmm
-import popmm.attach
 from popmm.evaluate import decode_logits
 from popmm.loading import load_model
 from popmm.methods import METHODS, Method, fit
@@ -101,17 +101,18 @@ def layers(study: Study) -> None:
 
     @contextmanager
     def sloped(slope: float):
-        plain, n = popmm.attach.sizes_for, study.model.config.get_text_config().num_hidden_layers
+        module = importlib.import_module("popmm.attach")  # popmm.attach is its function
+        plain, n = module.sizes_for, study.model.config.get_text_config().num_hidden_layers
 
         def sizes_for(site, ratio, config, rule):
             place = site.layer / (n - 1) - 0.5
             return plain(site, min(max(ratio * (1 + slope * 2 * place), 0.0), 0.95), config, rule)
 
-        popmm.attach.sizes_for = sizes_for
+        module.sizes_for = sizes_for
         try:
             yield
         finally:
-            popmm.attach.sizes_for = plain
+            module.sizes_for = plain
 
     for method in ("mask", "gate"):
         for share in SHARES:
@@ -153,13 +154,13 @@ def experts(study: Study) -> None:
 
 @torch.no_grad()
 def refresh(study: Study, tokens: int = 500, prompt: int = 64, texts: int = 12) -> None:
-    """KL along the dense model's own long texts, by hundreds of decoded tokens, with and without refreshes."""
+    """KL of pruned steps along the dense model's own long texts, by hundreds of tokens, with and without refreshes."""
     model = study.model
     samples = own_samples(model, study.tokenizer, texts, prompt + tokens + 1)
     dense = [model(ids[None]).logits[0, prompt:-1].float().log_softmax(-1) for ids in samples]
     for method in ("mask", "gate, 16 bit", "gate"):
         for share in SHARES:
-            for every in (0, 128, 32):
+            for every in (0, 64, 16):
                 config = study.at(share, method).replace(refresh_every=every)
                 by_place = torch.zeros(tokens)
                 with popmm.pruned(model, config) as state:
@@ -176,7 +177,11 @@ def refresh(study: Study, tokens: int = 500, prompt: int = 64, texts: int = 12) 
                                 at += 1
                         own = torch.cat(logits).float().log_softmax(-1)
                         by_place += (reference.exp() * (reference - own)).sum(-1) / len(samples)
-                parts = " / ".join(f"{part.mean():.4f}" for part in by_place.split(100))
+                pruned = torch.ones(tokens, dtype=torch.bool)
+                if every:
+                    pruned[every :: every + 1] = False
+                hundreds = zip(by_place.split(100), pruned.split(100))
+                parts = " / ".join(f"{kl[steps].mean():.4f}" for kl, steps in hundreds)
                 label = f"{method}, refresh_every={every}"
                 print(f"| {Path(study.name).name} | {label} | {share:.2f} | {parts} |", flush=True)
 

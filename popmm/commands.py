@@ -206,7 +206,7 @@ def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> list:
     from popmm.evaluate import Wanted, evaluate, with_greedy
     from popmm.methods import METHODS, methods_for
     from popmm.quality_plots import equal_bytes_figure, gamma_figure
-    from popmm.tables import rows_to_markdown
+    from popmm.tables import model_name, rows_to_markdown
     from popmm.texts import text_cases
 
     exact = args.task == "shapes"
@@ -244,7 +244,8 @@ def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> list:
     rows = evaluate(model, subsets, wanted + rounded, base, calibration)
     print(rows_to_markdown(rows, exact))
     if args.plot:
-        equal_bytes_figure(rows, f"{args.model}, {str(model.dtype).removeprefix('torch.')}", args.plot, exact)
+        title = f"{model_name(args.model)}, {str(model.dtype).removeprefix('torch.')}"
+        equal_bytes_figure(rows, title, args.plot, exact)
     return rows
 
 
@@ -260,7 +261,7 @@ def _sweep_gamma(args: argparse.Namespace, model, subsets, base: PopConfig, to_m
         rows += ([] if rows else found[:1]) + [replace(row, method=f"mask, gamma {gamma}") for row in found[1:]]
     print(to_markdown(rows, args.task == "shapes"))
     if args.plot:
-        figure(rows, args.model, args.plot)
+        figure(rows, f"mask on {args.model}", args.plot)
     return rows
 
 

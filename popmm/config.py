@@ -62,8 +62,8 @@ class PopConfig:
         gate_bits: with ``selection="gate"``: 16 reads the gate rows as they are; 8 or 4 a quantised copy
             made at attach, for the prediction and as the gate's value. None = 8 where that leaves K at least
             3/4 of the channels, else 4 (measured); 16 where d_model is no multiple of 16 or with a candidate_fraction.
-        refresh_every: after so many decode steps one is dense: it joins the statistics in the name of those
-            steps, and the partition is made anew. 0 = never (paper).
+        refresh_every: after so many decode steps one is dense: its token joins the statistics, and the
+            partition is made anew. 0 = never (paper).
     """
 
     pruning_ratio: float | None = None

@@ -12,7 +12,7 @@ from popmm.config import PopConfig
 from popmm.partition import FFNPartition
 from popmm.site import PrunedSite
 
-SAMPLED = 12  # channels whose ranks are followed
+SAMPLED = 6  # channels whose ranks are followed
 
 
 @dataclass

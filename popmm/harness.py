@@ -48,6 +48,9 @@ class PopLM(HFLM):
             raise ValueError(f"scoring={scoring!r}: give one of {', '.join(map(repr, SCORING))}")
         if not isinstance(rolling_prompt, int) or rolling_prompt < 1:
             raise ValueError(f"rolling_prompt={rolling_prompt!r}: give 1 token or more")
+        batch = settings.get("batch_size") or 1
+        if not str(batch).isdigit() or int(batch) < 1:
+            raise ValueError(f"batch_size={batch!r}: give a number, since the prompts of a batch share a partition")
         config = PopConfig(**{name: settings.pop(name) for name in _FIELDS & settings.keys()})
         if isinstance(pretrained, str) and pretrained.startswith("zoo:"):
             dtype = settings.get("dtype")

@@ -74,11 +74,6 @@ class ChannelStatistics:
             None if self.up_squares is None else self.up_squares + other.up_squares.to(self.up_squares.device),
         )
 
-    def times(self, n: int) -> ChannelStatistics:
-        """Sums in which each token stands for n."""
-        up_squares = None if self.up_squares is None else n * self.up_squares
-        return ChannelStatistics(n * self.squares, n * self.total, n * self.tokens, up_squares)
-
     @property
     def importance(self) -> Tensor:
         """Importance of each channel, float32 ``[(E,) d_ff]``."""

@@ -25,10 +25,6 @@ class JointStatistics:
             merged[name] = merged[name] + statistics if name in merged else statistics
         return JointStatistics(merged)
 
-    def times(self, n: int) -> JointStatistics:
-        """Statistics in which each token stands for n."""
-        return self if n == 1 else JointStatistics({name: own.times(n) for name, own in self.by_modality.items()})
-
     @property
     def tokens(self) -> dict[str, Tensor]:
         """Tokens read of each modality, int64 ``[]`` or ``[n_experts]``."""

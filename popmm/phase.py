@@ -122,7 +122,6 @@ class PromptPass:
     shape: tuple[int, int]  # batch, tokens per sequence
     past: int  # tokens in the cache before it
     groups: dict[str, Tensor | None]  # bool [batch * n_tokens] by modality, None = every token
-    weight: int = 1  # how many tokens each of its tokens stands for
     statistics: dict[str, JointStatistics] = field(default_factory=dict)
 
 
@@ -207,8 +206,7 @@ class Phase:
             if self.copies > 1 and shape[0] % self.copies == 0:
                 counted = first_copies(counted, shape, self.copies)
             groups = token_groups(counted, self._modalities(shape))
-            prompt = PromptPass(sequence, shape, past, groups, weight=sequence.steps if refreshes else 1)
-            return self._prefill(forward, args, kwargs, prompt, cache)
+            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, past, groups), cache)
 
     @contextmanager
     def reading_prompt(self) -> Iterator[None]:

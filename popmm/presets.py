@@ -78,13 +78,13 @@ def evaluate_tasks(
         raise RuntimeError("tasks need lm-evaluation-harness: pip install 'popmm[eval]'") from error
     from popmm.harness import PopLM
 
+    unsafe = [task for task in tasks if task.startswith(UNSAFE)]
+    if unsafe and not run_code:
+        raise ValueError(f"{', '.join(unsafe)}: these tasks run code that the model writes; allow it with --run-code")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(f"unknown task {unknown[0]!r}: 'lm_eval ls tasks' lists them, --include-path adds your own")
-    unsafe = [task for task in tasks if task.startswith(UNSAFE)]
-    if unsafe and not run_code:
-        raise ValueError(f"{', '.join(unsafe)}: these tasks run code that the model writes; allow it with --run-code")
     rows = []
     for ratio in [0.0, *ratios]:
         config = base.replace(pruning_ratio=ratio)

@@ -27,14 +27,22 @@ def equal_bytes_figure(rows: list[Row], title: str, file: Path, exact: bool = Fa
         return (row.exact, row.exact_spread) if exact else (max(row.kl, 1e-7), row.kl_spread)
 
     order = sorted(by_method, key=lambda m: value(by_method[m][-1])[0], reverse=exact)
-    for name, points in by_method.items():
+    colours = plt.get_cmap("tab20")
+    for i, (name, points) in enumerate(by_method.items()):
         points = sorted(points, key=lambda r: r.bytes_share)
         means, spreads = zip(*(value(r) for r in points))
         rounded = name.startswith("weights at")
         strong = order.index(name) < BEST or rounded or name == "mask"
         how = dict(marker="*" if rounded else "o", ms=11 if rounded else 4, lw=1.5 if strong else 0.8)
         axis.errorbar(
-            [r.bytes_share for r in points], means, spreads, label=name, alpha=1.0 if strong else 0.5, capsize=2, **how
+            [r.bytes_share for r in points],
+            means,
+            spreads,
+            label=name,
+            alpha=1.0 if strong else 0.5,
+            capsize=2,
+            color=colours(i % 20),
+            **how,
         )
     if not exact:
         axis.set_yscale("log")

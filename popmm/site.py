@@ -93,7 +93,6 @@ class PrunedSite:
 
     def add(self, prompt: PromptPass, new: JointStatistics) -> JointStatistics:
         """Adds a pass's statistics to what the sequence has; kept by the phase if the pass ends well."""
-        new = new.times(prompt.weight)
         known = prompt.statistics.get(self.name) or prompt.sequence.statistics.get(self.name)
         prompt.statistics[self.name] = new if known is None else known + new
         return prompt.statistics[self.name]

@@ -7,6 +7,7 @@ import math
 import platform
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,9 +46,15 @@ def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
     return "\n".join(lines)
 
 
+def model_name(model: str) -> str:
+    """A hub id or ``zoo:NAME`` as it is, a folder by its last part."""
+    return Path(model).name if Path(model).exists() else model
+
+
 def rows_to_json(rows: list[Row] | list[AnswerRow], args: Namespace) -> str:
     """Rows with what they were measured on."""
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot", "text")}
     settings["text"] = args.text.name if args.text else "own samples"
+    settings["model"] = model_name(args.model)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
     return json.dumps({"settings": settings, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1)

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on pruned models: the same scores as by hand, and as the harness' own at ratio 0."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -57,8 +58,14 @@ def tasks(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def local_tasks_only(monkeypatch):
+    """Reading all of the harness' own tasks takes seconds."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+
 def results(lm, folder):
-    manager = TaskManager(include_path=str(folder))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     names = ["local_choice", "local_rolling", "local_generate"]
     return lm_eval.simple_evaluate(lm, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True)
 
@@ -161,7 +168,21 @@ def test_scoring_in_one_prompt_pass_prunes_as_the_paper_does(stories):
     assert abs(dense[len(context) - 1 :].gather(1, torch.tensor(ending)[:, None]).sum().item() - score) > 0.01
 
 
-def test_eval_command_runs_tasks_dense_and_pruned(tasks, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_size": "auto"}, "batch_size='auto': give a number"),
+        ({"scoring": "once"}, "scoring='once': give one of 'decode', 'prompt'"),
+        ({"rolling_prompt": 0}, "rolling_prompt=0: give 1 token or more"),
+        ({"pruning_ratio": 1.5}, "pruning_ratio=1.5 is not a ratio"),
+    ],
+)
+def test_wrong_settings_are_named(stories, settings, message):
+    with pytest.raises(ValueError, match=message):
+        PopLM(stories[0], tokenizer=stories[1], **settings)
+
+
+def test_eval_command_runs_tasks_dense_and_pruned(tasks, capsys, tmp_path, local_tasks_only):
     arguments = ["--tasks", "local_choice,local_rolling", "--include-path", str(tasks), "--ratios", "0.4"]
     assert main(["eval", *arguments, "--json", str(tmp_path / "rows.json")]) == 0
     out = capsys.readouterr().out
@@ -186,6 +207,6 @@ def test_presets_name_tasks_that_the_harness_knows():
         (["--tasks", "arc_easy", "--batch", "0"], "--batch 0: give 1 or more"),
     ],
 )
-def test_wrong_tasks_are_refused_in_one_line(arguments, message, capsys):
+def test_wrong_tasks_are_refused_in_one_line(arguments, message, capsys, local_tasks_only):
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
