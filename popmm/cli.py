@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pictures", type=int, default=60, help="shapes: pictures per seed (%(default)s)")
     evaluate.add_argument("--seeds", type=int, default=3, help="shapes: sets of pictures (%(default)s)")
     evaluate.add_argument("--json", type=Path, help="also write the rows here")
-    evaluate.set_defaults(run=commands.evaluate)
+    evaluate.set_defaults(run=_evaluate)
 
     bench = subcommands.add_parser("bench", help="decode speed, dense and pruned, against the bytes read")
     bench.add_argument("--shape", help="random weights at the sizes of a known model; a wrong name lists them")
@@ -98,6 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-new-tokens", type=int, default=100)
     demo.set_defaults(run=commands.demo)
     return parser
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from popmm import eval_command
+
+    eval_command.run(args)
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str = "zoo:stories") -> None:

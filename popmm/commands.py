@@ -155,150 +155,12 @@ def _inspect_pictures(args: argparse.Namespace, config: PopConfig) -> None:
         print(f"picture: {args.out}")
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    from popmm.tables import rows_to_json
-
-    for file in (args.json, args.plot):
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.parent}")
-    if args.tasks or args.preset:
-        return _evaluate_tasks(args)
-    model, tokenizer = load_from(args)
-    if args.task == "shapes" and not args.bytes and not args.ffn_ratios:
-        rows = _evaluate_answers(args, model, tokenizer)
-    else:
-        rows = _evaluate_methods(args, model, tokenizer)
-    if args.json:
-        args.json.write_text(rows_to_json(rows, args) + "\n")
-
-
-def _evaluate_tasks(args: argparse.Namespace) -> None:
-    from popmm.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
-    from popmm.tables import rows_to_json
-
-    if args.preset:
-        how = preset(args.preset)
-        tasks, ratios = list(how.tasks), list(how.ratios)
-    else:
-        how = Preset((), scoring="decode", batch=1, config=config_from(args))
-        tasks, ratios = args.tasks.split(","), _numbers(args.ratios)
-    if args.batch is not None and args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: give 1 or more")
-    model, tokenizer = load_from(args)
-    rows = evaluate_tasks(
-        model,
-        tokenizer,
-        tasks,
-        ratios,
-        how.config,
-        how.scoring,
-        args.batch or how.batch,
-        args.limit,
-        args.include_path,
-        args.run_code,
-    )
-    print(tasks_to_markdown(rows))
-    if args.json:
-        args.json.write_text(rows_to_json(rows, args) + "\n")
-
-
-def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> list:
-    from popmm.evaluate import Wanted, evaluate, with_greedy
-    from popmm.methods import METHODS, methods_for
-    from popmm.quality_plots import equal_bytes_figure, gamma_figure
-    from popmm.tables import model_name, rows_to_markdown
-    from popmm.texts import text_cases
-
-    exact = args.task == "shapes"
-    if exact:
-        subsets, calibration = _picture_cases(args, model, tokenizer)
-    else:
-        subsets, calibration = text_cases(
-            model,
-            tokenizer,
-            args.text,
-            args.start,
-            args.context,
-            args.continuation,
-            args.subsets,
-            args.texts_per_subset,
-            args.calibration,
-        )
-        subsets = [with_greedy(model, cases, args.continuation) for cases in subsets]
-    base = config_from(args)
-    if args.sweep:
-        return _sweep_gamma(args, model, subsets, base, rows_to_markdown, gamma_figure)
-    names = args.methods.split(";") if args.methods else methods_for(model)
-    if not calibration and not args.methods:
-        left_out = [name for name in names if METHODS[name].calibrated]
-        print(f"without {', '.join(left_out)}: no texts are left to calibrate on", file=sys.stderr)
-        names = [name for name in names if name not in left_out]
-    rounded = [Wanted(name) for name in names if name in METHODS and METHODS[name].weight_bits is not None]
-    names = [name for name in names if Wanted(name) not in rounded]
-    if args.bytes:
-        wanted = [Wanted(name, bytes_share=share) for share in _numbers(args.bytes) for name in names]
-    elif args.ffn_ratios:
-        wanted = [Wanted(name, ffn_ratio=ratio) for ratio in _numbers(args.ffn_ratios) for name in names]
-    else:
-        wanted = [Wanted(name, pruning_ratio=ratio) for ratio in _numbers(args.ratios) for name in names]
-    rows = evaluate(model, subsets, wanted + rounded, base, calibration)
-    print(rows_to_markdown(rows, exact))
-    if args.plot:
-        title = f"{model_name(args.model)}, {str(model.dtype).removeprefix('torch.')}"
-        equal_bytes_figure(rows, title, args.plot, exact)
-    return rows
-
-
-def _sweep_gamma(args: argparse.Namespace, model, subsets, base: PopConfig, to_markdown, figure) -> list:
-    from dataclasses import replace
-
-    from popmm.evaluate import Wanted, evaluate
-
-    rows = []
-    for gamma in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5):
-        own = base.replace(selection="mask", candidate_fraction=gamma)
-        found = evaluate(model, subsets, [Wanted("mask", pruning_ratio=r) for r in _numbers(args.ratios)], own)
-        rows += ([] if rows else found[:1]) + [replace(row, method=f"mask, gamma {gamma}") for row in found[1:]]
-    print(to_markdown(rows, args.task == "shapes"))
-    if args.plot:
-        figure(rows, f"mask on {args.model}", args.plot)
-    return rows
-
-
-def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, list]:
-    from popmm.answers import held_out_questions
-    from popmm.evaluate import Case
-
-    _check_pictures(args)
-    sets = [
-        [Case(q.inputs, q.answer) for q in held_out_questions(processor, model.device, seed, args.pictures)]
-        for seed in range(args.seeds + 1)
-    ]
-    return sets[:-1], sets[-1][: args.calibration]
-
-
-def _evaluate_answers(args: argparse.Namespace, model, processor) -> list:
-    from popmm.answers import METHODS, answers_to_markdown, evaluate_answers
-
-    _check_pictures(args)
-    methods = args.methods.split(";") if args.methods else list(METHODS)
-    base = config_from(args)
-    if args.selection is None:  # gate reads all channels' gates, whatever ranked them
-        base = base.replace(selection="mask")
-    rows = evaluate_answers(model, processor, methods, _numbers(args.ratios), base, args.pictures, args.seeds)
-    print(answers_to_markdown(rows))
-    print(f"\nExact answers in percent, {args.pictures} pictures per seed, {args.seeds} seeds; ± is their spread.")
-    return rows
-
-
-def _check_pictures(args: argparse.Namespace) -> None:
-    if args.pictures < 1 or args.seeds < 1:
-        raise ValueError(f"--pictures {args.pictures} --seeds {args.seeds}: give 1 or more of each")
-
-
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     """Comma-separated numbers."""
-    return [float(number) for number in text.split(",")]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r}: give numbers separated by commas, such as 0.7,0.5") from None
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -322,7 +184,7 @@ def bench(args: argparse.Namespace) -> None:
         dtype = DTYPES[args.dtype or ("float32" if device == "cpu" else "bfloat16")]
         model = random_model(shape_config(args.shape, args.layers, args.tiny), dtype, device)
     compiled = args.compiled if args.compiled is not None else device != "cpu"
-    ratios = [float(ratio) for ratio in args.ratios.split(",")]
+    ratios = numbers(args.ratios)
     if args.int8 and importlib.util.find_spec("torchao") is None:
         print("no int8 row: torchao is not installed (pip install torchao)", file=sys.stderr)
         args.int8 = False

@@ -47,8 +47,8 @@ class Row:
     kl_spread: float
     top1: float  # share of positions with the dense model's likeliest token
     top1_spread: float
-    prefix: float  # leading tokens of the dense model's greedy text that are the likeliest here too
-    prefix_spread: float
+    prefix: float | None  # leading tokens of the dense model's greedy text that are the likeliest here too
+    prefix_spread: float | None
     exact: float  # share of continuations that greedy decoding gives word for word
     exact_spread: float
     texts: int
@@ -184,14 +184,14 @@ def _measure(model, case: Case, dense: Tensor, around) -> dict:
 def _subset(found: list[dict]) -> dict[str, float]:
     mean = {name: torch.cat([f[name] for f in found]).double().mean().item() for name in found[0]}
     mean["perplexity"] = math.exp(min(mean.pop("entropy"), 700.0))
-    return {"prefix": math.nan, **mean}
+    return mean
 
 
 def _row(method: str, ratio: float, share: float, scores: list[dict[str, float]], subsets: list[list[Case]]) -> Row:
     values = {}
     for name in MEASURES:
-        of_subsets = [score[name] for score in scores]
-        values[name] = statistics.mean(of_subsets)
+        of_subsets = [score[name] for score in scores if name in score]
+        values[name] = statistics.mean(of_subsets) if of_subsets else None
         values[f"{name}_spread"] = statistics.stdev(of_subsets) if len(of_subsets) > 1 else 0.0
     values["kl"] = max(values["kl"], 0.0)  # rounding
     return Row(method, ratio, share, **values, texts=sum(map(len, subsets)), subsets=len(subsets))

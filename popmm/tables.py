@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from argparse import Namespace
 from dataclasses import asdict
@@ -35,11 +34,13 @@ def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
             asked = f"{r.bytes_wanted:.0%} of bytes"
         else:
             asked = f"{r.ffn_ratio if r.pruning_ratio is None else r.pruning_ratio:.0%} pruned"
-        end = f"{r.exact:.1%} ± {r.exact_spread:.1%}" if exact else f"{r.prefix:.1f} ± {r.prefix_spread:.1f}"
+        end = "-" if r.prefix is None else f"{r.prefix:.1f} ± {r.prefix_spread:.1f}"
+        if exact:
+            end = f"{r.exact:.1%} ± {r.exact_spread:.1%}"
         lines.append(
             f"| {r.method} | {asked} | {r.bytes_share:.1%} | {r.perplexity:.3f} ± {r.perplexity_spread:.3f} "
             f"| {r.kl:.4f} ± {r.kl_spread:.4f} | {r.top1:.1%} ± {r.top1_spread:.1%} "
-            f"| {'-' if not exact and math.isnan(r.prefix) else end} |"
+            f"| {end} |"
         )
     first = rows[0]
     lines.append(f"\n{first.texts} texts in {first.subsets} disjoint subsets; ± is the spread over subsets.")

@@ -1,0 +1,142 @@
+"""``popmm eval``: quality at equal bytes or ratios, answers about pictures, tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+
+from popmm.answers import METHODS as STATISTICS
+from popmm.answers import answers_to_markdown, evaluate_answers, held_out_questions
+from popmm.commands import config_from, load_from, numbers
+from popmm.config import PopConfig
+from popmm.evaluate import Case, Row, Wanted, evaluate, with_greedy
+from popmm.methods import METHODS, methods_for
+from popmm.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
+from popmm.quality_plots import equal_bytes_figure, gamma_figure
+from popmm.tables import model_name, rows_to_json, rows_to_markdown
+from popmm.texts import text_cases
+
+GAMMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks the arguments and runs what they ask for."""
+    for file in (args.json, args.plot):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.parent}")
+    for name in ("context", "continuation", "texts_per_subset", "subsets", "pictures", "seeds", "batch", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    if args.calibration < 0:
+        raise ValueError(f"--calibration {args.calibration}: give 0 or more")
+    if args.tasks or args.preset:
+        return _evaluate_tasks(args)
+    model, tokenizer = load_from(args)
+    if args.task == "shapes" and not args.bytes and not args.ffn_ratios:
+        rows = _evaluate_answers(args, model, tokenizer)
+    else:
+        rows = _evaluate_methods(args, model, tokenizer)
+    if args.json:
+        args.json.write_text(rows_to_json(rows, args) + "\n")
+
+
+def _evaluate_tasks(args: argparse.Namespace) -> None:
+    if args.preset:
+        how = preset(args.preset)
+        tasks, ratios = list(how.tasks), list(how.ratios)
+    else:
+        how = Preset((), scoring="decode", batch=1, config=config_from(args))
+        tasks, ratios = args.tasks.split(","), numbers(args.ratios)
+    model, tokenizer = load_from(args)
+    rows = evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        ratios,
+        how.config,
+        how.scoring,
+        args.batch or how.batch,
+        args.limit,
+        args.include_path,
+        args.run_code,
+    )
+    print(tasks_to_markdown(rows))
+    if args.json:
+        args.json.write_text(rows_to_json(rows, args) + "\n")
+
+
+def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> list[Row]:
+    exact = args.task == "shapes"
+    if exact:
+        subsets, calibration = _picture_cases(args, model, tokenizer)
+    else:
+        subsets, calibration = text_cases(
+            model,
+            tokenizer,
+            args.text,
+            args.start,
+            args.context,
+            args.continuation,
+            args.subsets,
+            args.texts_per_subset,
+            args.calibration,
+        )
+        subsets = [with_greedy(model, cases, args.continuation) for cases in subsets]
+    base = config_from(args)
+    if args.sweep:
+        return _sweep_gamma(args, model, subsets, base)
+    names = args.methods.split(";") if args.methods else methods_for(model)
+    if not calibration and not args.methods:
+        left_out = [name for name in names if METHODS[name].calibrated]
+        print(f"without {', '.join(left_out)}: no texts are left to calibrate on", file=sys.stderr)
+        names = [name for name in names if name not in left_out]
+    rounded = [Wanted(name) for name in names if name in METHODS and METHODS[name].weight_bits is not None]
+    names = [name for name in names if Wanted(name) not in rounded]
+    if args.bytes:
+        outside = [share for share in numbers(args.bytes) if not 0 < share <= 1]
+        if outside:
+            raise ValueError(f"--bytes {outside[0]}: give shares between 0 and 1, such as 0.7,0.5")
+        wanted = [Wanted(name, bytes_share=share) for share in numbers(args.bytes) for name in names]
+    elif args.ffn_ratios:
+        wanted = [Wanted(name, ffn_ratio=ratio) for ratio in numbers(args.ffn_ratios) for name in names]
+    else:
+        wanted = [Wanted(name, pruning_ratio=ratio) for ratio in numbers(args.ratios) for name in names]
+    rows = evaluate(model, subsets, wanted + rounded, base, calibration)
+    print(rows_to_markdown(rows, exact))
+    if args.plot:
+        title = f"{model_name(args.model)}, {str(model.dtype).removeprefix('torch.')}"
+        equal_bytes_figure(rows, title, args.plot, exact)
+    return rows
+
+
+def _sweep_gamma(args: argparse.Namespace, model, subsets: list[list[Case]], base: PopConfig) -> list[Row]:
+    rows = []
+    for gamma in GAMMAS:
+        own = base.replace(selection="mask", candidate_fraction=gamma)
+        found = evaluate(model, subsets, [Wanted("mask", pruning_ratio=r) for r in numbers(args.ratios)], own)
+        rows += ([] if rows else found[:1]) + [replace(row, method=f"mask, gamma {gamma}") for row in found[1:]]
+    print(rows_to_markdown(rows, args.task == "shapes"))
+    if args.plot:
+        gamma_figure(rows, f"mask on {args.model}", args.plot)
+    return rows
+
+
+def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, list]:
+
+    sets = [
+        [Case(q.inputs, q.answer) for q in held_out_questions(processor, model.device, seed, args.pictures)]
+        for seed in range(args.seeds + 1)
+    ]
+    return sets[:-1], sets[-1][: args.calibration]
+
+
+def _evaluate_answers(args: argparse.Namespace, model, processor) -> list:
+    methods = args.methods.split(";") if args.methods else list(STATISTICS)
+    base = config_from(args)
+    if args.selection is None:  # gate reads all channels' gates, whatever ranked them
+        base = base.replace(selection="mask")
+    rows = evaluate_answers(model, processor, methods, numbers(args.ratios), base, args.pictures, args.seeds)
+    print(answers_to_markdown(rows))
+    print(f"\nExact answers in percent, {args.pictures} pictures per seed, {args.seeds} seeds; ± is their spread.")
+    return rows
