@@ -18,6 +18,7 @@ import torch
 from rich.progress import track
 
 import popmm
+from popmm.compare import decode_along
 from popmm.evaluate import decode_logits
 from popmm.loading import load_model
 from popmm.methods import METHODS, Method, fit
@@ -166,16 +167,7 @@ def refresh(study: Study, tokens: int = 500, prompt: int = 64, texts: int = 12) 
                 with popmm.pruned(model, config) as state:
                     for ids, reference in zip(track(samples, transient=True), dense):
                         cache = model(ids[None, :prompt], use_cache=True).past_key_values
-                        logits, at = [], prompt
-                        while at < prompt + tokens:
-                            step = min(every or tokens, prompt + tokens - at)
-                            with state.simulated_decode():
-                                logits.append(model(ids[None, at : at + step], past_key_values=cache).logits[0])
-                            at += step
-                            if at < prompt + tokens:  # due: this one is dense
-                                logits.append(model(ids[None, at : at + 1], past_key_values=cache).logits[0])
-                                at += 1
-                        own = torch.cat(logits).float().log_softmax(-1)
+                        own = decode_along(model, state, ids[prompt:-1], cache).float().log_softmax(-1)
                         by_place += (reference.exp() * (reference - own)).sum(-1) / len(samples)
                 pruned = torch.ones(tokens, dtype=torch.bool)
                 if every:

@@ -119,7 +119,7 @@ def _add_config(parser: argparse.ArgumentParser, ratio: bool = True) -> None:
         either.add_argument("--pruning-ratio", type=float, help=f"share of block weights ({defaults.pruning_ratio})")
         either.add_argument("--ffn-ratio", type=float, help="share of FFN channels, instead")
         parser.add_argument("--refresh-every", type=int, default=0, help="decode steps between dense ones (never)")
-    parser.add_argument("--selection", default=defaults.selection, help="gate, mask or keep (%(default)s)")
+    parser.add_argument("--selection", help="gate, mask or keep (gate; with --candidate-fraction: mask)")
     parser.add_argument("--gate-bits", type=int, help="gate: 16, 8 or 4 (chosen by the bytes)")
     parser.add_argument("--layout", default=defaults.layout, help="auto, copy or permute (%(default)s)")
     parser.add_argument("--candidate-fraction", type=float, help="gamma (mask and keep: 0.1)")

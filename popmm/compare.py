@@ -62,13 +62,25 @@ def clocked_generate(model, inputs: dict, streamer: BaseStreamer | None = None, 
 
 
 @torch.no_grad()
+def decode_along(model, state, tokens: Tensor, cache) -> Tensor:
+    """Logits ``[n, vocab]`` of decode steps along ``tokens`` ``[n]``, as if one by one, refreshes included."""
+    every = state.config.refresh_every
+    logits = []
+    for piece in tokens.split(every + 1 if every else len(tokens)):
+        with state.simulated_decode():
+            logits.append(model(piece[None, : every or None], past_key_values=cache).logits[0])
+        if every and len(piece) > every:
+            logits.append(model(piece[None, every:], past_key_values=cache).logits[0])
+    return torch.cat(logits)
+
+
+@torch.no_grad()
 def top1_agreement(model, state, inputs: dict[str, Tensor], text: Tensor) -> float:
     """Share of decode steps along ``text`` whose likeliest token, pruned, is the text's next one."""
     if len(text) < 2:
         return 1.0
     cache = model(**inputs, use_cache=True).past_key_values
-    with state.simulated_decode():
-        logits = model(text[None, :-1], past_key_values=cache).logits[0]
+    logits = decode_along(model, state, text[:-1], cache)
     return (logits.argmax(-1) == text[1:]).float().mean().item()
 
 

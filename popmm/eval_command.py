@@ -11,12 +11,13 @@ from popmm.answers import answers_to_markdown, evaluate_answers, held_out_questi
 from popmm.commands import config_from, load_from, numbers
 from popmm.config import PopConfig
 from popmm.evaluate import Case, Row, Wanted, evaluate, with_greedy
-from popmm.methods import METHODS, methods_for
+from popmm.methods import METHODS, check_known, methods_for
 from popmm.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
 from popmm.quality_plots import equal_bytes_figure, gamma_figure
 from popmm.tables import model_name, rows_to_json, rows_to_markdown
 from popmm.texts import text_cases
 
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 GAMMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -30,15 +31,49 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
     if args.calibration < 0:
         raise ValueError(f"--calibration {args.calibration}: give 0 or more")
+    _check(args)
     if args.tasks or args.preset:
         return _evaluate_tasks(args)
     model, tokenizer = load_from(args)
     if args.task == "shapes" and not args.bytes and not args.ffn_ratios:
-        rows = _evaluate_answers(args, model, tokenizer)
+        _evaluate_answers(args, model, tokenizer)
     else:
-        rows = _evaluate_methods(args, model, tokenizer)
+        _evaluate_methods(args, model, tokenizer)
+
+
+def _save(args: argparse.Namespace, rows: list) -> None:
     if args.json:
         args.json.write_text(rows_to_json(rows, args) + "\n")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what would be found out late, or left out without a word."""
+    tasks, by_hand = args.tasks or args.preset, args.selection or args.gate_bits
+    by_statistics = args.task == "shapes" and not args.bytes and not args.ffn_ratios and not tasks
+    together = {
+        "--preset with --tasks": args.preset and args.tasks,
+        "--preset, the paper's own, with --selection or --gate-bits": args.preset and by_hand,
+        "--plot with --tasks or --preset": tasks and args.plot,
+        "--bytes or --ffn-ratios with --tasks or --preset": tasks and (args.bytes or args.ffn_ratios),
+        "--sweep with --tasks, --preset or --task shapes": args.sweep and (tasks or args.task == "shapes"),
+        "--sweep with --bytes or --ffn-ratios": args.sweep and (args.bytes or args.ffn_ratios),
+        "--bytes with --ffn-ratios": args.bytes and args.ffn_ratios,
+        "--plot with --task shapes, which needs --bytes": by_statistics and args.plot,
+        "--selection or --gate-bits with methods, which set them": by_hand and not (tasks or by_statistics),
+    }
+    for words, given in together.items():
+        if given:
+            raise ValueError(f"{words} does not go: leave one out")
+    for ratio in numbers(args.ffn_ratios or args.ratios):
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio {ratio}: give numbers from 0 to below 1, such as 0.2,0.4")
+    for share in numbers(args.bytes or "1"):
+        if not 0 < share <= 1:
+            raise ValueError(f"--bytes {share}: give shares between 0 and 1, such as 0.7,0.5")
+    if args.methods and not by_statistics:
+        check_known(args.methods.split(";"))
+    if args.plot and args.plot.suffix not in PICTURES:
+        raise ValueError(f"--plot {args.plot}: give a name that ends in one of {', '.join(PICTURES)}")
 
 
 def _evaluate_tasks(args: argparse.Namespace) -> None:
@@ -62,12 +97,11 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
         args.run_code,
     )
     print(tasks_to_markdown(rows))
-    if args.json:
-        args.json.write_text(rows_to_json(rows, args) + "\n")
+    _save(args, rows)
 
 
-def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> list[Row]:
-    exact = args.task == "shapes"
+def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
+    exact, dtype = args.task == "shapes", str(model.dtype).removeprefix("torch.")
     if exact:
         subsets, calibration = _picture_cases(args, model, tokenizer)
     else:
@@ -94,32 +128,33 @@ def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> list[Row]:
     rounded = [Wanted(name) for name in names if name in METHODS and METHODS[name].weight_bits is not None]
     names = [name for name in names if Wanted(name) not in rounded]
     if args.bytes:
-        outside = [share for share in numbers(args.bytes) if not 0 < share <= 1]
-        if outside:
-            raise ValueError(f"--bytes {outside[0]}: give shares between 0 and 1, such as 0.7,0.5")
         wanted = [Wanted(name, bytes_share=share) for share in numbers(args.bytes) for name in names]
     elif args.ffn_ratios:
         wanted = [Wanted(name, ffn_ratio=ratio) for ratio in numbers(args.ffn_ratios) for name in names]
     else:
         wanted = [Wanted(name, pruning_ratio=ratio) for ratio in numbers(args.ratios) for name in names]
     rows = evaluate(model, subsets, wanted + rounded, base, calibration)
-    print(rows_to_markdown(rows, exact))
+    print(rows_to_markdown(rows, exact), f"Weights: {dtype}.")
+    measured = {(row.method, row.bytes_wanted) for row in rows}
+    for w in wanted:
+        if w.bytes_share is not None and (w.method, w.bytes_share) not in measured:
+            print(f"left out: {w.method} cannot read as little as {w.bytes_share:.0%}")
+    _save(args, rows)
     if args.plot:
-        title = f"{model_name(args.model)}, {str(model.dtype).removeprefix('torch.')}"
+        title = f"{model_name(args.model)}, {dtype}"
         equal_bytes_figure(rows, title, args.plot, exact)
-    return rows
 
 
-def _sweep_gamma(args: argparse.Namespace, model, subsets: list[list[Case]], base: PopConfig) -> list[Row]:
-    rows = []
+def _sweep_gamma(args: argparse.Namespace, model, subsets: list[list[Case]], base: PopConfig) -> None:
+    rows: list[Row] = []
     for gamma in GAMMAS:
         own = base.replace(selection="mask", candidate_fraction=gamma)
         found = evaluate(model, subsets, [Wanted("mask", pruning_ratio=r) for r in numbers(args.ratios)], own)
         rows += ([] if rows else found[:1]) + [replace(row, method=f"mask, gamma {gamma}") for row in found[1:]]
-    print(rows_to_markdown(rows, args.task == "shapes"))
+    print(rows_to_markdown(rows))
+    _save(args, rows)
     if args.plot:
-        gamma_figure(rows, f"mask on {args.model}", args.plot)
-    return rows
+        gamma_figure(rows, f"mask on {model_name(args.model)}", args.plot)
 
 
 def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, list]:
@@ -131,7 +166,7 @@ def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, li
     return sets[:-1], sets[-1][: args.calibration]
 
 
-def _evaluate_answers(args: argparse.Namespace, model, processor) -> list:
+def _evaluate_answers(args: argparse.Namespace, model, processor) -> None:
     methods = args.methods.split(";") if args.methods else list(STATISTICS)
     base = config_from(args)
     if args.selection is None:  # gate reads all channels' gates, whatever ranked them
@@ -139,4 +174,4 @@ def _evaluate_answers(args: argparse.Namespace, model, processor) -> list:
     rows = evaluate_answers(model, processor, methods, numbers(args.ratios), base, args.pictures, args.seeds)
     print(answers_to_markdown(rows))
     print(f"\nExact answers in percent, {args.pictures} pictures per seed, {args.seeds} seeds; ± is their spread.")
-    return rows
+    _save(args, rows)

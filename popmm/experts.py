@@ -88,7 +88,7 @@ class PrunedExperts(PrunedSite):
         if prompt is None:
             return self.dense_forward(x, index, weight)
         self.refresh()
-        pruning = self.config.prefill == "pruned" and not self.sizes.is_dense
+        pruning = self.config.prefill == "pruned" and not (self.sizes.is_dense or prompt.refreshes)
 
         def observe(h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
             """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``."""

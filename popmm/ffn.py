@@ -69,8 +69,13 @@ def ffn(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:
 
 def best(scores: Tensor, k: int) -> Tensor:
     """Mask of the k highest scores along the last dimension: exactly k per row, ties to the lower index."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.device.type == "cpu":
+        index = kernels.choose(scores.reshape(-1, scores.shape[-1]), k).view(*scores.shape[:-1], k)
+    else:
+        index = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
 
 
 def select(

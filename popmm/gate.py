@@ -60,7 +60,8 @@ class GateLayout:
     channel in memory, its logical shape unchanged, until ``release``.
     """
 
-    def __init__(self, sizes: RegionSizes, fill_mean: bool, bits: int, in_place: bool) -> None:
+    def __init__(self, sizes: RegionSizes, fill_mean: bool, bits: int, in_place: bool, site: str) -> None:
+        self.site = site
         self.name = "permute" if in_place else "copy"
         self.sizes, self.fill_mean, self.bits = sizes, fill_mean, bits
         self.in_place = in_place
@@ -93,6 +94,11 @@ class GateLayout:
                 self._buffers.append(self.down.rows)
             if self.bits < 16:
                 flat = source.gate.detach().reshape(-1, d_model)
+                if not torch.isfinite(flat).all():
+                    raise ValueError(
+                        f"{self.site} holds gate weights that are no finite numbers, which cannot be quantised: "
+                        "mend the checkpoint, or give gate_bits=16"
+                    )
                 self.gate = quantise(flat, self.bits, gate_group(d_model))
                 self._buffers += self.gate
             elif self.all_channels:

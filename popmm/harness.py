@@ -52,9 +52,11 @@ class PopLM(HFLM):
         if not str(batch).isdigit() or int(batch) < 1:
             raise ValueError(f"batch_size={batch!r}: give a number, since the prompts of a batch share a partition")
         config = PopConfig(**{name: settings.pop(name) for name in _FIELDS & settings.keys()})
+        if config.refresh_every and scoring == "decode":
+            raise ValueError(f"refresh_every={config.refresh_every}: likelihoods are scored without it; leave it 0")
         if isinstance(pretrained, str) and pretrained.startswith("zoo:"):
             dtype = settings.get("dtype")
-            pretrained, settings["tokenizer"] = load_model(pretrained, dtype if dtype != "auto" else None, "cpu")
+            pretrained, settings["tokenizer"] = load_model(pretrained, None if dtype == "auto" else dtype, "cpu")
         super().__init__(pretrained, **settings)
         if self.backend != "causal":
             raise ValueError(f"popmm prunes decoder-only models; this one is {self.backend}")
@@ -96,6 +98,11 @@ class PopLM(HFLM):
         """(log-likelihood of the continuation, whether it is the greedy one) of a batch."""
         rows = []
         for _, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a context of {len(context)} and a continuation of {len(continuation)} tokens: give at least one "
+                    f"token of each, and no more to decode than max_length={self.max_length}"
+                )
             tokens = (context + continuation)[-(self.max_length + 1) :]
             first = len(tokens) - len(continuation)
             if self.scoring == "prompt":
@@ -114,7 +121,7 @@ class PopLM(HFLM):
         for i, (tokens, first, prompt) in enumerate(rows):
             begin = longest - prompt + first - 1
             targets = torch.tensor(tokens[first:], device=self.device)
-            own = logits[i, begin : begin + len(targets)].float().log_softmax(-1)
+            own = logits[i, begin : begin + len(targets)].log_softmax(-1, dtype=self.softmax_dtype)
             greedy = bool((own.argmax(-1) == targets).all())
             yield own.gather(1, targets[:, None]).sum().item(), greedy
 

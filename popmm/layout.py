@@ -143,7 +143,7 @@ def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place
     slow = weight.device.type == "cpu"
     copied = config.layout == "copy" or (config.layout == "auto" and (in_place != "" or slow))
     if config.selection == "gate":
-        return GateLayout(sizes, fill_mean, config.gate_bits, not copied)
+        return GateLayout(sizes, fill_mean, config.gate_bits, not copied, site.name)
     if copied:
         return CopyLayout(sizes, fill_mean)
     return PermuteLayout(sizes, fill_mean, site.module, site.weights)

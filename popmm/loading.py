@@ -22,7 +22,10 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
         device: a torch device; None = cuda where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = DTYPES[dtype or ("float32" if device == "cpu" else "bfloat16")]
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}: give one of {', '.join(DTYPES)}")
+    torch_dtype = DTYPES[dtype]
     if name.startswith(ZOO_PREFIX):
         model, tokenizer = zoo.load(name.removeprefix(ZOO_PREFIX), dtype=torch_dtype)
         return model.to(device), tokenizer

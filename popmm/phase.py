@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -41,20 +42,23 @@ class Sequence:
     version: int | None = None  # of the cache's length tensor, after the last pass
     earlier: list[tuple[int, dict[str, JointStatistics]]] = field(default_factory=list)  # (start of pass, before it)
     steps: int = 0  # decoded since the statistics grew
+    refreshing: bool = False  # the last of ``earlier`` was a refresh
 
     def __deepcopy__(self, memo: dict) -> Sequence:
-        return Sequence(self.owner, dict(self.statistics), None, list(self.earlier), self.steps)
+        return Sequence(self.owner, dict(self.statistics), None, list(self.earlier), self.steps, self.refreshing)
 
     def crop(self, past: int) -> None:
         """Forgets the passes that a cache cropped to ``past`` tokens no longer holds any token of."""
         while self.earlier and self.earlier[-1][0] >= past:
             self.statistics = self.earlier.pop()[1]
+            self.steps, self.refreshing = 0, False
 
-    def add(self, past: int, statistics: dict[str, JointStatistics]) -> None:
-        """Keeps a pass that began after ``past`` tokens."""
-        self.earlier = [*self.earlier, (past, self.statistics)][-KEPT_PASSES:]
+    def add(self, past: int, statistics: dict[str, JointStatistics], refreshes: bool = False) -> None:
+        """Keeps a pass that began after ``past`` tokens. Refreshes in a row count as one that began with the first."""
+        if not (refreshes and self.refreshing):
+            self.earlier = [*self.earlier, (past, self.statistics)][-KEPT_PASSES:]
         self.statistics = {**self.statistics, **statistics}
-        self.steps = 0
+        self.steps, self.refreshing = 0, refreshes
 
     @property
     def has_tokens(self) -> bool:
@@ -122,6 +126,7 @@ class PromptPass:
     shape: tuple[int, int]  # batch, tokens per sequence
     past: int  # tokens in the cache before it
     groups: dict[str, Tensor | None]  # bool [batch * n_tokens] by modality, None = every token
+    refreshes: bool = False  # a decode step that is dense, for its statistics
     statistics: dict[str, JointStatistics] = field(default_factory=dict)
 
 
@@ -134,6 +139,7 @@ class Phase:
         self.prompt: PromptPass | None = None
         self.shape = (0, 0)
         self.in_prompt = False
+        self.fillers: set[int] = set()  # tokens that generate feeds to rows that have ended
         self.copies = 1  # of each prompt in the batch, one after the other: beams, several sequences
         self.simulating = False
         self._read_modalities: Callable[[], dict[str, Tensor]] | None = None
@@ -190,9 +196,14 @@ class Phase:
             shape = input_shape(arguments)
             if 0 in shape:
                 raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
-            if self.simulating:
-                return self._decode(forward, args, kwargs, shape, cache)
             known = self._sequence_of(cache)
+            if self.simulating:
+                if known is not None and 0 < self.refresh_every < known.steps + shape[1]:
+                    raise RuntimeError(
+                        f"simulated decode of {shape[1]} tokens passes a step that refresh_every={self.refresh_every} "
+                        f"makes dense: split it there, after {self.refresh_every - known.steps} tokens"
+                    )
+                return self._decode(forward, args, kwargs, shape, cache)
             steps = shape[1] == 1 and not self.in_prompt and has_past(cache, known) and self._can_decode(known)
             refreshes = steps and known is not None and self._is_due(known)
             if steps and not refreshes:
@@ -203,10 +214,13 @@ class Phase:
                 raise ValueError("the prompt is empty: attention_mask leaves no token of it")
             sequence = known if past and known is not None else Sequence(self._owner)
             sequence.crop(past)
+            if refreshes:
+                counted = self._unfinished(arguments.get("input_ids"), counted)
             if self.copies > 1 and shape[0] % self.copies == 0:
                 counted = first_copies(counted, shape, self.copies)
             groups = token_groups(counted, self._modalities(shape))
-            return self._prefill(forward, args, kwargs, PromptPass(sequence, shape, past, groups), cache)
+            prompt = PromptPass(sequence, shape, past, groups, refreshes)
+            return self._prefill(forward, args, kwargs, prompt, cache)
 
     @contextmanager
     def reading_prompt(self) -> Iterator[None]:
@@ -272,6 +286,15 @@ class Phase:
         self._active.steps += 1
         return False
 
+    def _unfinished(self, ids: Tensor | None, counted: Tensor | None) -> Tensor | None:
+        """Which rows of a batch count in a refresh: ``generate`` goes on feeding padding to those that have ended."""
+        if ids is None or not self.fillers or len(ids) == 1:
+            return counted
+        goes_on = ~torch.isin(ids, torch.tensor(sorted(self.fillers), device=ids.device))
+        if not goes_on.any():
+            return counted
+        return goes_on if counted is None else counted.to(ids.device) & goes_on
+
     def _is_due(self, sequence: Sequence) -> bool:
         """Whether the next decode step is the dense one that refreshes the statistics."""
         return self.refresh_every > 0 and sequence.steps >= self.refresh_every
@@ -305,7 +328,7 @@ class Phase:
         finally:
             self.prompt = None
             self.decoding = self.ready
-        prompt.sequence.add(prompt.past, prompt.statistics)
+        prompt.sequence.add(prompt.past, prompt.statistics, prompt.refreshes)
         cache = cache if cache is not None else _cache_of(output)
         if cache is not None:
             setattr(cache, _ON_CACHE, prompt.sequence)

@@ -60,6 +60,8 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     if c.selection == "gate" and not ffns[0].sizes.is_dense:
         most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)
         how += f" gate_bits={c.gate_bits} (batches above {most} read all of C: each token's own rows would be more)"
+    if c.refresh_every:
+        how += f" refresh_every={c.refresh_every}"
     lines = [
         to_text(table),
         f"FFN weights read per token: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",

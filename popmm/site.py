@@ -194,7 +194,7 @@ class PrunedFFN(PrunedSite):
                 own = slice(None) if rows is None else rows.to(h.device)
                 read[modality] = self.measured(flat[own], up=None if up is None else up[own])
             statistics = self.add(prompt, JointStatistics(read))
-        if self.config.prefill == "dense" or self.sizes.is_dense:
+        if self.config.prefill == "dense" or self.sizes.is_dense or prompt.refreshes:
             return None
         pooled = self.pooled(statistics)
         pruned = self.split(pooled, statistics.tokens).pruned

@@ -79,12 +79,15 @@ class PartitionState:
 
         Counted by what the selection must read: retained and candidate gate and up rows, and the down
         columns of the channels that pass. FFNs left dense (``skip_layers``) stand on both sides;
-        for experts, those that one token activates count.
+        for experts, those that one token activates count. Of steps that ``refresh_every`` makes dense, the average.
         """
         pruned = dense = 0.0
         for ffn in self._ffns:
             own, all_of_it = ffn.bytes_per_token()
             pruned, dense = pruned + own, dense + all_of_it
+        every = self.config.refresh_every
+        if every:  # one step in so many is dense
+            pruned = (every * pruned + dense) / (every + 1)
         untouched = sum(site.active_bytes() for site in self._left_dense)
         return round(pruned) + untouched, round(dense) + untouched
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from popmm.conversation import tokenizer_of
 from popmm.evaluate import Case
 
 SEPARATOR = "<|endoftext|>"
@@ -58,9 +59,14 @@ def text_cases(
             and never one that is evaluated.
 
     Raises:
-        ValueError: too few texts are long enough.
+        ValueError: too few texts are long enough, or a wrong start or continuation.
     """
-    wanted = subsets * per_subset
+    if continuation < LEAST or not 0 <= start < 1:
+        raise ValueError(
+            f"continuation={continuation}, start={start}: give a continuation of {LEAST} tokens or more, "
+            "and the share of the texts to skip, from 0 to below 1"
+        )
+    wanted, tokenizer = subsets * per_subset, tokenizer_of(tokenizer)
     if file is None:
         texts = own_samples(model, tokenizer, wanted + calibration, context + continuation)
         texts, others = texts[:wanted], texts[wanted:]

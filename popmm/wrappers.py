@@ -65,12 +65,21 @@ def exclusive(generate: Callable, phase: Phase) -> Callable:
             config = kwargs.get("generation_config") or generate.__self__.generation_config
             names = ("num_beams", "num_return_sequences")
             phase.copies = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
+            phase.fillers = _tokens(
+                *(kwargs.get(n, getattr(config, n, None)) for n in ("pad_token_id", "eos_token_id"))
+            )
             try:
                 return generate(*args, **kwargs)
             finally:
-                phase.copies = 1
+                phase.copies, phase.fillers = 1, set()
 
     return exclusive_generate
+
+
+def _tokens(*given) -> set[int]:
+    """Token ids given as numbers or lists of them."""
+    flat = [token for own in given if own is not None for token in (own if isinstance(own, (list, tuple)) else [own])]
+    return {int(token) for token in flat}
 
 
 def refreshed(get_compiled_call: Callable, phase: Phase) -> Callable:

@@ -72,6 +72,19 @@ def test_eval_at_equal_bytes_draws_a_picture(tmp_path, capsys):
     assert Image.open(plot).size[0] > 500
 
 
+def test_eval_names_methods_that_cannot_read_so_little(capsys):
+    sizes = ["--context", "10", "--continuation", "10", "--texts-per-subset", "2", "--subsets", "1"]
+    assert main(["eval", "--bytes", "0.5", "--methods", "all re-scored;gate", *sizes]) == 0
+    assert "left out: all re-scored cannot read as little as 50%" in capsys.readouterr().out
+
+
+def test_a_candidate_fraction_alone_asks_for_mask(capsys):
+    assert main(["generate", "--candidate-fraction", "0.2", *SHORT]) == 0
+    mask = capsys.readouterr().out.splitlines()[-1]
+    assert main(["generate", "--candidate-fraction", "0.2", "--selection", "mask", *SHORT]) == 0
+    assert mask.split("(")[-1] == capsys.readouterr().out.splitlines()[-1].split("(")[-1]
+
+
 def test_eval_sweeps_gamma(tmp_path, capsys):
     sizes = ["--context", "10", "--continuation", "10", "--texts-per-subset", "2", "--subsets", "1"]
     plot = ["--plot", str(tmp_path / "plot.png")]
@@ -119,6 +132,16 @@ def test_demo_compares_20_and_40_percent(capsys):
         (["generate", "--model", "/nowhere/model"], "there is no such folder"),
         (["inspect", "--out", "/nowhere/picture.png"], "there is no folder /nowhere"),
         (["generate", "--max-new-tokens", "0"], "--max-new-tokens 0: give 1 or more"),
+        (["eval", "--ratios", "0.2,1.5"], "ratio 1.5: give numbers from 0 to below 1"),
+        (["eval", "--bytes", "1.5"], "--bytes 1.5: give shares between 0 and 1"),
+        (["eval", "--bytes", "x"], "'x': give numbers separated by commas"),
+        (["eval", "--methods", "best"], "unknown method 'best'"),
+        (["eval", "--plot", "rows.foo"], "give a name that ends in one of .png"),
+        (["eval", "--bytes", "0.7", "--gate-bits", "4"], "--selection or --gate-bits with methods, which set them"),
+        (["eval", "--task", "shapes", "--plot", "x.png"], "--plot with --task shapes, which needs --bytes"),
+        (["eval", "--sweep", "gamma", "--task", "shapes"], "--sweep with --tasks, --preset or --task shapes"),
+        (["eval", "--continuation", "4"], "give a continuation of 8 tokens or more"),
+        (["eval", "--start", "-3"], "share of the texts to skip"),
         (["eval", "--text", "/nowhere/text.txt"], "No such file"),
     ],
 )

@@ -1,7 +1,7 @@
 """Gate first: against loops over the model's own weights, for FFNs and experts."""
 
 import itertools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import independent
 import pytest
@@ -257,6 +257,30 @@ def test_gate_rows_stay_as_they_are_where_they_cannot_be_quantised():
     model = tiny.dense("llama", hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
     with popmm.pruned(model, ffn_ratio=0.4) as state:
         assert {ffn.layout.bits for ffn in state._ffns} == {16}
+
+
+def test_gate_weights_that_are_no_numbers_are_refused():
+    model = build("llama")
+    with popmm.pruned(model, ffn_ratio=0.4):  # attach's probe would refuse them by itself
+        model(tiny.prompt(9))
+        with torch.no_grad():
+            model.model.layers[1].mlp.gate_proj.weight[3, 2] = float("nan")
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp holds gate weights that are no finite numbers"):
+            model(tiny.prompt(9))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_gradients_flow_through_a_decode_step(bits):
+    model = build("llama")
+    with popmm.pruned(model, CONFIG.replace(gate_bits=bits)) as state:
+        found = []
+        for around in (nullcontext, state.simulated_decode):
+            cache = model(tiny.prompt(9)).past_key_values
+            x = model.get_input_embeddings()(tiny.prompt(1, seed=3)).detach().requires_grad_()
+            with around():
+                model(inputs_embeds=x, past_key_values=cache).logits.sum().backward()
+            found.append(x.grad)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
 
 
 def test_larger_batches_read_all_of_u_and_say_so():

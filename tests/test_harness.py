@@ -175,11 +175,29 @@ def test_scoring_in_one_prompt_pass_prunes_as_the_paper_does(stories):
         ({"scoring": "once"}, "scoring='once': give one of 'decode', 'prompt'"),
         ({"rolling_prompt": 0}, "rolling_prompt=0: give 1 token or more"),
         ({"pruning_ratio": 1.5}, "pruning_ratio=1.5 is not a ratio"),
+        ({"refresh_every": 4}, "refresh_every=4: likelihoods are scored without it"),
     ],
 )
 def test_wrong_settings_are_named(stories, settings, message):
     with pytest.raises(ValueError, match=message):
         PopLM(stories[0], tokenizer=stories[1], **settings)
+
+
+def test_continuations_longer_than_the_model_are_refused(stories):
+    lm = PopLM(stories[0], tokenizer=stories[1], pruning_ratio=0.2)
+    try:
+        for context, ending in (([5], [7] * 513), ([], [7])):
+            with pytest.raises(ValueError, match="no more to decode than max_length=512"):
+                lm._loglikelihood_tokens([(("", ""), context, ending)], disable_tqdm=True)
+    finally:
+        lm.detach()
+
+
+def test_the_name_survives_a_probe_for_the_harness():
+    code = "import importlib.util as u; u.find_spec('lm_eval.models'); import lm_eval.models\n"
+    code += "from lm_eval.api.registry import model_registry; print('popmm' in model_registry)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
 
 
 def test_eval_command_runs_tasks_dense_and_pruned(tasks, capsys, tmp_path, local_tasks_only):

@@ -69,6 +69,69 @@ def test_compiled_decode_refreshes_as_eager_decode_does(name):
     assert graphs == [graphs[0]] * 3
 
 
+@torch.no_grad()
+def test_a_refresh_is_dense_whatever_the_prompt_pass_is(llama):
+    prompt, found = tiny.prompt(10), {}
+    with popmm.pruned(llama, popmm.PopConfig.paper(ffn_ratio=0.5, refresh_every=1)):
+        cache = llama(prompt).past_key_values
+        llama(tiny.prompt(1, seed=1), past_key_values=cache)
+        down = llama.model.layers[0].mlp.down_proj
+        handle = down.register_forward_pre_hook(lambda m, args: found.update(h=args[0]))
+        llama(tiny.prompt(1, seed=2), past_key_values=cache)
+        handle.remove()
+    assert (found["h"] != 0).all()
+
+
+@torch.no_grad()
+def test_cropping_after_many_refreshes_leaves_the_prompts_statistics(llama):
+    with popmm.pruned(llama, ffn_ratio=0.4, refresh_every=1) as state:
+        cache = llama(tiny.prompt(10)).past_key_values
+        importance = state.layers[LAYER].importance
+        for token in tiny.prompt(40, seed=1)[0]:
+            llama(token.view(1, 1), past_key_values=cache)
+        assert int(state.layers[LAYER].tokens) == 30
+        cache.crop(-40)
+        llama(tiny.prompt(2, seed=2), past_key_values=cache)
+        assert int(state.layers[LAYER].tokens) == 12
+        cache.crop(-2)
+        llama(tiny.prompt(1, seed=2), past_key_values=cache)
+        assert not torch.equal(importance, state.layers[LAYER].importance)
+
+
+def test_rows_that_have_ended_do_not_count(llama):
+    prompt = tiny.prompt(9).repeat(2, 1)
+    prompt[1] = tiny.prompt(9, seed=5)[0]
+    with popmm.pruned(llama, ffn_ratio=0.4, refresh_every=1) as state:
+        texts = llama.generate(prompt, max_new_tokens=13, do_sample=False, eos_token_id=None)[:, 9:]
+        assert int(state.layers[LAYER].tokens) == 18 + 2 * 6  # 12 steps, each second one a refresh
+        end = int(texts[1, 0])  # ends the second row at once
+        assert end not in texts[0].tolist()
+        llama.generate(prompt, max_new_tokens=13, do_sample=False, eos_token_id=end, pad_token_id=0)
+        assert int(state.layers[LAYER].tokens) == 18 + 6
+
+
+@torch.no_grad()
+def test_simulated_decode_stops_where_a_step_is_dense(llama):
+    from popmm.compare import decode_along
+
+    prompt, text = tiny.prompt(10), tiny.prompt(11, seed=1)[0]
+    with popmm.pruned(llama, ffn_ratio=0.4, refresh_every=3) as state:
+        cache = llama(prompt).past_key_values
+        with state.simulated_decode(), pytest.raises(RuntimeError, match="split it there, after 3 tokens"):
+            llama(text[None], past_key_values=cache)
+        cache = llama(prompt).past_key_values
+        one_by_one = torch.cat([llama(t.view(1, 1), past_key_values=cache).logits[0] for t in text])
+        cache = llama(prompt).past_key_values
+        torch.testing.assert_close(decode_along(llama, state, text, cache), one_by_one, atol=1e-4, rtol=0)
+
+
+def test_bytes_count_the_dense_steps(llama):
+    with popmm.pruned(llama, ffn_ratio=0.4, selection="keep") as state:
+        pruned, dense = state.bytes_per_token()
+    with popmm.pruned(llama, ffn_ratio=0.4, selection="keep", refresh_every=3) as state:
+        assert state.bytes_per_token() == (round((3 * pruned + dense) / 4), dense)
+
+
 def test_copied_and_cropped_caches_keep_their_place(llama):
     import copy
 

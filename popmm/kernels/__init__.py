@@ -67,6 +67,11 @@ _ops["_quantised_dot"].register_fake(lambda codes, scale, x, bits, group, block,
 _ops["_choose"].register_fake(lambda score, k: score.new_empty(len(score), k, dtype=torch.int64))
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd must see the arithmetic: the kernels would cut it."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
     """``out[n, k] = rows[index[n, k]] . x[n]``.
 
@@ -75,6 +80,8 @@ def gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
         index: int64 ``[n, k]``.
         x: ``[n, d]``.
     """
+    if _needs_gradient(rows, x):
+        return twin.gather_dot(rows, index, x).to(x.dtype)
     return (_ops["_gather_dot"] if torch.compiler.is_compiling() else _gather_dot)(rows, index, x)
 
 
@@ -85,6 +92,8 @@ def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
         rows, index: as in ``gather_dot``.
         h: ``[n, k]``.
     """
+    if _needs_gradient(rows, h):
+        return twin.gather_sum(rows, index, h).to(h.dtype)
     return (_ops["_gather_sum"] if torch.compiler.is_compiling() else _gather_sum)(rows, index, h)
 
 
@@ -96,6 +105,8 @@ def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
         x: ``[n, d]``.
         block: int64 ``[n]``.
     """
+    if _needs_gradient(matrices, x):
+        return twin.block_dot(matrices, x, block).to(x.dtype)
     return (_ops["_block_dot"] if torch.compiler.is_compiling() else _block_dot)(matrices, x, block)
 
 
@@ -107,6 +118,8 @@ def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int
         x: ``[n, d]``.
         block: int64 ``[n]``.
     """
+    if _needs_gradient(x):
+        return twin.quantised_dot(codes, scale, x, bits, group, block, n_rows).to(x.dtype)
     op = _ops["_quantised_dot"] if torch.compiler.is_compiling() else _quantised_dot
     return op(codes, scale, x, bits, group, block, n_rows)
 
