@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from rich.progress import Progress
 from popmm.attach import pruned
 from popmm.config import PopConfig
 from popmm.conversation import chat_inputs, tokenizer_of
+from popmm.evaluate import decode_logits
 from popmm.modality import TEXT
 from popmm.zoo import shapes
 
@@ -70,17 +72,11 @@ def held_out_questions(processor, device, seed: int, pictures: int) -> list[Aske
     return asked
 
 
-@torch.no_grad()
 def is_exact(model, asked: Asked, state: PartitionState | None) -> bool:
     """Whether greedy decoding gives the answer."""
-    prompt = model(**asked.inputs, use_cache=True)
-    first = prompt.logits[0, -1].argmax() == asked.answer[0]
-    if state is None:
-        logits = model(asked.answer[None, :-1], past_key_values=prompt.past_key_values).logits[0]
-    else:
-        with state.simulated_decode():
-            logits = model(asked.answer[None, :-1], past_key_values=prompt.past_key_values).logits[0]
-    return bool(first and (logits.argmax(-1) == asked.answer[1:]).all())
+    around = nullcontext if state is None else state.simulated_decode
+    likeliest = decode_logits(model, asked.inputs, asked.answer, around).argmax(-1)
+    return bool((likeliest == asked.answer).all())
 
 
 def evaluate_answers(
