@@ -123,7 +123,7 @@ def _add_config(parser: argparse.ArgumentParser, ratio: bool = True) -> None:
     parser.add_argument("--gate-bits", type=int, help="gate: 16, 8 or 4 (chosen by the bytes)")
     parser.add_argument("--layout", default=defaults.layout, help="auto, copy or permute (%(default)s)")
     parser.add_argument("--candidate-fraction", type=float, help="gamma (mask and keep: 0.1)")
-    parser.add_argument("--importance", default=defaults.importance, help="wanda, griffin, flock (%(default)s)")
+    parser.add_argument("--importance", default=defaults.importance, help="wanda, griffin, flock, routed (%(default)s)")
     parser.add_argument("--prior-tokens", type=float, default=defaults.prior_tokens, help="experts: n0 (%(default)s)")
     parser.add_argument("--modality-balance", type=float, help="share of the weight that text tokens get (none)")
     parser.add_argument("--vision", default=defaults.vision, help="vision tower: dense or prune (%(default)s)")

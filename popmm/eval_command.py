@@ -18,6 +18,7 @@ from popmm.tables import model_name, rows_to_json, rows_to_markdown
 from popmm.texts import text_cases
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+RATIOS = "0.1,0.2,0.3,0.4"  # unless given
 GAMMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -41,6 +42,10 @@ def run(args: argparse.Namespace) -> None:
         _evaluate_methods(args, model, tokenizer)
 
 
+def dtype_of(model) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _save(args: argparse.Namespace, rows: list) -> None:
     if args.json:
         args.json.write_text(rows_to_json(rows, args) + "\n")
@@ -52,11 +57,15 @@ def _check(args: argparse.Namespace) -> None:
     by_statistics = args.task == "shapes" and not args.bytes and not args.ffn_ratios and not tasks
     together = {
         "--preset with --tasks": args.preset and args.tasks,
-        "--preset, the paper's own, with --selection or --gate-bits": args.preset and by_hand,
+        "--preset, the paper's own, with other settings": args.preset and config_from(args) != PopConfig(),
         "--plot with --tasks or --preset": tasks and args.plot,
         "--bytes or --ffn-ratios with --tasks or --preset": tasks and (args.bytes or args.ffn_ratios),
         "--sweep with --tasks, --preset or --task shapes": args.sweep and (tasks or args.task == "shapes"),
-        "--sweep with --bytes or --ffn-ratios": args.sweep and (args.bytes or args.ffn_ratios),
+        "--sweep, which is of mask, with --bytes, --ffn-ratios, --methods or --candidate-fraction": args.sweep
+        and (args.bytes or args.ffn_ratios or args.methods or args.candidate_fraction is not None),
+        "--limit, --batch, --include-path or --run-code without --tasks or --preset": not tasks
+        and (args.limit or args.batch or args.include_path or args.run_code),
+        "--preset, which has its own, with --ratios": args.preset and args.ratios != RATIOS,
         "--bytes with --ffn-ratios": args.bytes and args.ffn_ratios,
         "--plot with --task shapes, which needs --bytes": by_statistics and args.plot,
         "--selection or --gate-bits with methods, which set them": by_hand and not (tasks or by_statistics),
@@ -101,7 +110,7 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
 
 
 def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
-    exact, dtype = args.task == "shapes", str(model.dtype).removeprefix("torch.")
+    exact, dtype = args.task == "shapes", dtype_of(model)
     if exact:
         subsets, calibration = _picture_cases(args, model, tokenizer)
     else:
@@ -151,7 +160,7 @@ def _sweep_gamma(args: argparse.Namespace, model, subsets: list[list[Case]], bas
         own = base.replace(selection="mask", candidate_fraction=gamma)
         found = evaluate(model, subsets, [Wanted("mask", pruning_ratio=r) for r in numbers(args.ratios)], own)
         rows += ([] if rows else found[:1]) + [replace(row, method=f"mask, gamma {gamma}") for row in found[1:]]
-    print(rows_to_markdown(rows))
+    print(rows_to_markdown(rows), f"Weights: {dtype_of(model)}. Where the band would reach past the ends it is cut.")
     _save(args, rows)
     if args.plot:
         gamma_figure(rows, f"mask on {model_name(args.model)}", args.plot)

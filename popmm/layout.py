@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from popmm.config import PopConfig
 
 
+PAD = 16  # on the CPU, torch's 16-bit product with another number of rows takes twice as long
+
+
 class CopyLayout:
     """Retained and candidate channels gathered into static buffers, in reading order [R | C].
 
@@ -32,6 +35,7 @@ class CopyLayout:
         self.sizes = sizes
         self.fill_mean = fill_mean
         self.weights: FFNWeights | None = None
+        self.padded: FFNWeights | None = None  # the same, gate and up with rows of zeros up to a multiple of PAD
         self.down_norm: Tensor | None = None  # float32 [(E,) |R| + |C|]
         self.mean: Tensor | None = None  # [(E,) |R| + |C|], with fill="mean"
         self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels
@@ -42,11 +46,14 @@ class CopyLayout:
         """Makes the buffers for weights like ``source``; call again when the model has moved."""
         n = self.sizes.read
 
-        def rows(w: Tensor | None) -> Tensor | None:
-            return None if w is None else w.new_empty(*w.shape[:-2], n, w.shape[-1])
+        pads = source.gate.ndim == 2 and source.gate.device.type == "cpu" and source.gate.element_size() == 2
+        n_rows = -(-n // PAD) * PAD if pads else n
+
+        def rows(w: Tensor) -> Tensor:
+            return w.new_zeros(*w.shape[:-2], n_rows, w.shape[-1])
 
         def vector(b: Tensor | None) -> Tensor | None:
-            return None if b is None else b.new_empty(*b.shape[:-1], n)
+            return None if b is None else b.new_zeros(*b.shape[:-1], n_rows)
 
         # inference tensors could not be rewritten outside inference mode
         self._source = identity(source.down)
@@ -59,7 +66,7 @@ class CopyLayout:
                 like = source.down[..., 0] if down_bias is None else down_bias
                 down_bias = torch.zeros_like(like)
                 self.mean = source.down.new_zeros(*source.down.shape[:-2], n)
-            self.weights = FFNWeights(
+            self.padded = FFNWeights(
                 rows(source.gate),
                 rows(source.up),
                 source.down.new_empty(*source.down.shape[:-1], n),
@@ -67,6 +74,11 @@ class CopyLayout:
                 vector(source.up_bias),
                 down_bias,
             )
+            gate, up, down, gate_bias, up_bias, _ = self.padded
+            if n_rows != n:
+                gate, up = gate[:n], up[:n]
+                gate_bias, up_bias = (None if b is None else b[:n] for b in (gate_bias, up_bias))
+            self.weights = FFNWeights(gate, up, down, gate_bias, up_bias, down_bias)
             self.down_norm = self.norms.new_empty(*self.norms.shape[:-1], n)
             fix_addresses(self)
 
@@ -115,11 +127,11 @@ class CopyLayout:
 
     def release(self) -> None:
         """Drops the buffers."""
-        self.weights = self.down_norm = self.mean = None
+        self.weights = self.padded = self.down_norm = self.mean = None
 
     def bytes(self) -> int:
         """Memory that the buffers take."""
-        tensors = [*(self.weights or ()), self.down_norm, self.mean, self.norms]
+        tensors = [*(self.padded or ()), self.down_norm, self.mean, self.norms]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

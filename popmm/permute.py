@@ -94,6 +94,11 @@ class PermuteLayout:
         """Channels in the order in which decode reads them, int64 ``[(E,) |R| + |C|]``."""
         return self.order[..., : self.sizes.read]
 
+    @property
+    def padded(self) -> FFNWeights | None:
+        """What decode computes h from: here the slices themselves."""
+        return self.weights
+
     def by_channel(self, values: Tensor) -> Tensor:
         """Values ``[(E,) d_ff]`` of h as it lies, in the model's own channel numbers."""
         return torch.empty_like(values).scatter_(-1, self.order.to(values.device), values)

@@ -64,7 +64,7 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
         how += f" refresh_every={c.refresh_every}"
     lines = [
         to_text(table),
-        f"FFN weights read per token: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
+        f"FFN weights read per token at batch 1: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
         f"{how} importance={importance} fill={c.fill} prefill={c.prefill} "
         f"layout={ffns[0].layout.name}"
         f" (+{human_bytes(state.buffer_bytes())}); {status}",

@@ -172,7 +172,7 @@ class PrunedFFN(PrunedSite):
         if self.config.selection == "gate":
             return self._decode_gate(x)
         layout, sizes = self.layout, self.sizes
-        h, passing = arithmetic.hidden(x, layout.weights, self.site.combine), None
+        h, passing = arithmetic.hidden(x, layout.padded, self.site.combine)[..., : sizes.read], None
         if self.config.selection == "mask":
             passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, layout.mean)
