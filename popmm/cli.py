@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", type=Path, help="texts separated by <|endoftext|>; default: the model's own samples"
     )
     evaluate.add_argument("--start", type=float, default=0.0, help="skip this share of the texts (0.95: the last 5 %%)")
-    evaluate.add_argument("--ratios", default="0.1,0.2,0.3,0.4", help="pruning ratios (%(default)s)")
+    evaluate.add_argument("--ratios", default=commands.RATIOS, help="pruning ratios (%(default)s)")
     evaluate.add_argument("--ffn-ratios", help="FFN ratios, in place of pruning ratios")
     evaluate.add_argument("--bytes", help="shares of the FFN bytes, such as 0.85,0.7,0.6,0.5, that all methods fit")
     evaluate.add_argument("--sweep", choices=["gamma"], help="mask at several widths of the candidate band instead")

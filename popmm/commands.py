@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from popmm.config import PopConfig
 
+RATIOS = "0.1,0.2,0.3,0.4"  # that popmm eval measures unless told
 PICTURE_PROMPT = "What is in the picture?"
 CHAT_RATIO = 0.2  # answers should be right before they are fast
 DEMO_PROMPT = "Once upon a time there was a little girl named Lily. She had a red ball and"
@@ -155,6 +157,13 @@ def _inspect_pictures(args: argparse.Namespace, config: PopConfig) -> None:
         print(f"picture: {args.out}")
 
 
+def check_folders(*files: Path | None) -> None:
+    """Refuses files to write whose folder is not there."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.parent}")
+
+
 def numbers(text: str) -> list[float]:
     """Comma-separated numbers."""
     try:
@@ -174,9 +183,7 @@ def bench(args: argparse.Namespace) -> None:
     for name in ("batch", "prompt_tokens", "new_tokens", "rounds"):
         if getattr(args, name) < (8 if name == "new_tokens" else 1):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too few")
-    for file in (args.json, args.plot):
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.parent}")
+    check_folders(args.json, args.plot)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.model is not None:
         model, _ = load_model(args.model, args.dtype, device)

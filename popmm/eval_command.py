@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from popmm.answers import METHODS as STATISTICS
 from popmm.answers import answers_to_markdown, evaluate_answers, held_out_questions
-from popmm.commands import config_from, load_from, numbers
+from popmm.commands import RATIOS, check_folders, config_from, load_from, numbers
 from popmm.config import PopConfig
 from popmm.evaluate import Case, Row, Wanted, evaluate, with_greedy
 from popmm.methods import METHODS, check_known, methods_for
@@ -18,15 +18,12 @@ from popmm.tables import model_name, rows_to_json, rows_to_markdown
 from popmm.texts import text_cases
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
-RATIOS = "0.1,0.2,0.3,0.4"  # unless given
 GAMMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments and runs what they ask for."""
-    for file in (args.json, args.plot):
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.parent}")
+    check_folders(args.json, args.plot)
     for name in ("context", "continuation", "texts_per_subset", "subsets", "pictures", "seeds", "batch", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
