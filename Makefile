@@ -1,17 +1,33 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check
+TESTS ?=
+# what continuous integration runs on the newest and the oldest versions too
+CORE := tests/test_dense.py tests/test_moe.py tests/test_vlm.py tests/test_phase.py tests/test_gate.py tests/test_versions.py
+# the lower bounds of pyproject.toml, as versions to install
+OLDEST := $(shell sed -nE 's/^.*"(torch|transformers)>=([0-9.]+)".*$$/\1==\2.*/p; s/^.*"(torchvision)>=([0-9.]+)".*$$/\1==\2.*/p' pyproject.toml)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-newest test-oldest test-core lint format lock clean
 
 demo: $(VENV)/.installed  ## pruned stories from the bundled model, against dense
 	$(BIN)/popmm demo
 
-test: $(VENV)/.installed  ## everything but the slow tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## everything but the slow tests, on the tested versions (constraints.txt)
+	$(BIN)/python -m pytest $(TESTS)
 
 test-all: $(VENV)/.installed  ## the slow ones too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "" $(TESTS)
+
+test-newest: .venv-newest/.installed  ## the suite on the newest versions of everything
+	.venv-newest/bin/python -m pytest $(TESTS)
+
+test-oldest: .venv-oldest/.installed  ## the suite on the oldest torch and transformers that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest $(TESTS)
+
+test-core:  ## the core of the suite on the newest and the oldest versions
+	$(MAKE) test-newest TESTS="$(CORE)"
+	$(MAKE) test-oldest TESTS="$(CORE)"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -21,11 +37,27 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.installed: pyproject.toml
+# LOCK="torch==2.14.1 torchvision==0.29.1" holds some back
+lock:  ## writes constraints.txt: the newest versions of everything, for every Python; run the tests before committing it
+	test -x .venv-lock/bin/uv || ($(PYTHON) -m venv .venv-lock && .venv-lock/bin/python $(INSTALL) uv)
+	printf '%s\n' $(LOCK) > .venv-lock/held
+	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
+		--extra dev --constraint .venv-lock/held --output-file constraints.txt pyproject.toml
+
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-newest/.installed: pyproject.toml
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --editable '.[dev]'
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(INSTALL) --editable '.[dev]' $(addsuffix ',$(addprefix ',$(OLDEST)))
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock build *.egg-info

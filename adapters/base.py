@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -15,6 +14,10 @@ from popmm.ffn import FFNWeights
 
 class UnsupportedModelError(ValueError):
     """The model, or a part of it, is not of a form that popmm can prune."""
+
+
+class BrokenWeightsError(UnsupportedModelError):
+    """Weights that no form explains: they are not finite."""
 
 
 @dataclass
@@ -33,6 +36,7 @@ class FFNSite:
     split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # experts: joint output [n, 2 d_ff] to (gate, up)
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
+    factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
     name: str = ""
     layer: int = -1
     shared: bool = False  # a shared expert beside routed ones
@@ -62,14 +66,22 @@ class Adapter(Protocol):
 
         With ``probe`` the weights hold data and the description must be verified against the module's
         own output; without it they may lie on the meta device.
+
+        Raises:
+            UnsupportedModelError: ``module`` is an FFN or a stack of experts, and cannot be pruned: it stays dense,
+                and the message, one sentence, is listed as the reason. ``BrokenWeightsError`` refuses the model.
         """
 
 
 @dataclass
 class DecoderLayer:
-    """One block of the language model: its FFN sites and the linear weights outside the FFN."""
+    """One block of the language model: its FFN sites and the linear weights outside of them.
 
-    index: int
+    ``attention_weights`` counts all linear weights of the block that can not be pruned: attention, other mixers, and
+    FFNs that are left dense because of their form.
+    """
+
+    index: int  # counted through over all stacks of layers, in their order
     name: str
     module: nn.Module
     sites: list[FFNSite] = field(default_factory=list)
@@ -83,13 +95,12 @@ class ModelDescription:
     decoder: nn.Module
     decoder_name: str
     layers: list[DecoderLayer]
+    left_out: dict[str, str] = field(default_factory=dict)  # FFNs that stay dense: module name to the reason
 
     def sites(self) -> Iterator[FFNSite]:
         for layer in self.layers:
             yield from layer.sites
 
-
-logger = logging.getLogger("popmm")
 
 _REGISTRY: list[Adapter] = []
 _plugins_loaded = False
@@ -126,113 +137,12 @@ def find_decoder(model: nn.Module) -> nn.Module:
         if inner is decoder or not hasattr(inner, "get_decoder"):  # some heads are called decoder too
             break
         decoder = inner
-    if not _layer_stacks(decoder):
+    if not _has_list(decoder):
         # a head whose get_decoder returns itself
-        inner = [child for child in decoder.children() if hasattr(child, "get_decoder") and _layer_stacks(child)]
+        inner = [child for child in decoder.children() if hasattr(child, "get_decoder") and _has_list(child)]
         decoder = inner[0] if inner else decoder
     return decoder
 
 
-def _layer_stacks(decoder: nn.Module) -> list[nn.ModuleList]:
-    return [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)]
-
-
-def describe(model: nn.Module, probe: bool = True) -> ModelDescription:
-    """Finds the decoder, its layers and their FFN sites.
-
-    Raises:
-        UnsupportedModelError: no layer holds an FFN of a known form; the error names what stands there.
-    """
-    decoder = find_decoder(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    stacks = _layer_stacks(decoder) or [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not stacks:
-        raise UnsupportedModelError(f"{type(decoder).__name__} has no list of decoder layers")
-    stack = max(stacks, key=len)
-    layers = [_describe_layer(index, module, names, probe) for index, module in enumerate(stack)]
-    if not any(layer.sites for layer in layers):
-        raise UnsupportedModelError(_explain_no_site(layers[0]))
-    without = [layer.name for layer in layers if not layer.sites]
-    if without and probe:
-        logger.warning("no FFN of a known form in %s: these layers stay dense", ", ".join(without))
-    return ModelDescription(decoder, names.get(id(decoder), ""), layers)
-
-
-def _describe_layer(index: int, module: nn.Module, names: dict[int, str], probe: bool) -> DecoderLayer:
-    layer = DecoderLayer(index, names[id(module)], module)
-    for child in module.children():
-        sites = list(_find_sites(child, names, probe))
-        for site in sites:
-            if site.is_experts:
-                site.top_k = _router_top_k(child) or site.top_k
-                if not site.top_k:
-                    raise UnsupportedModelError(
-                        f"{names[id(site.module)]}: neither the router nor {type(site.module.config).__name__} says "
-                        "how many experts a token activates"
-                    )
-        layer.sites += sites
-        if not any(site.is_experts for site in sites):
-            _refuse_unknown_experts(child, names)
-        if not sites:
-            layer.attention_weights += sum(m.weight.numel() for m in child.modules() if is_linear(m))
-    has_experts = any(site.is_experts for site in layer.sites)
-    for site in layer.sites:
-        site.name, site.layer = names[id(site.module)], index
-        site.shared = has_experts and not site.is_experts
-    return layer
-
-
-def _find_sites(module: nn.Module, names: dict[int, str], probe: bool) -> Iterator[FFNSite]:
-    for adapter in registry():
-        try:
-            site = adapter.site(module, probe)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{names[id(module)]}: {error}") from error
-        if site is not None:
-            yield site
-            return
-    for child in module.children():
-        yield from _find_sites(child, names, probe)
-
-
-def _router_top_k(block: nn.Module) -> int:
-    """``top_k`` of the router in an FFN block, 0 if none says."""
-    inside_out = [*list(block.modules())[1:], block]  # the block's own number may be a copy
-    values = (getattr(module, "top_k", None) for module in inside_out)
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), 0)
-
-
-def _refuse_unknown_experts(block: nn.Module, names: dict[int, str]) -> None:
-    """Stacked weights of a form that no adapter knows would silently stay dense."""
-    for module in block.modules():
-        stacked = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
-        if len(stacked) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
-            raise UnsupportedModelError(
-                f"{names[id(module)]} ({type(module).__name__}) holds stacked experts ({', '.join(stacked)}) that do "
-                "not use transformers' experts interface: register an adapter for this form (entry-point group "
-                "'popmm.adapters')"
-            )
-
-
-def is_linear(module: nn.Module) -> bool:
-    # transformers' Conv1D is a linear layer with a transposed weight
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _explain_no_site(layer: DecoderLayer) -> str:
-    """Names the FFN of a form that no adapter knows, or else what the layer holds."""
-    for name, module in layer.module.named_modules():
-        linears = {child: m for child, m in module.named_children() if is_linear(m)}
-        shapes = [tuple(m.weight.shape) for m in linears.values()]
-        if len(shapes) == 2 and shapes[0] == shapes[1][::-1]:
-            where = f"{layer.name}.{name}".rstrip(".")
-            return (
-                f"{where} ({type(module).__name__}) is an FFN without a gate ({' and '.join(linears)} only): "
-                "popmm prunes gated FFNs (gate, up and down projections)"
-            )
-    parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.module.named_children())
-    return (
-        f"{layer.name} ({type(layer.module).__name__}) holds no FFN of a known form; it has {parts}. popmm prunes "
-        "gated FFNs of plain nn.Linear layers: merge LoRA adapters and load unquantised weights, or register an "
-        "adapter for this form (entry-point group 'popmm.adapters')"
-    )
+def _has_list(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.ModuleList) and len(child) for child in module.children())

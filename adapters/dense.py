@@ -1,16 +1,14 @@
 """Dense gated FFNs, recognised by their linear layers and verified by a probe.
 
 Separate gate and up projections (Llama, Qwen, Mistral, Gemma, OLMo, ...) and one fused projection
-(Phi-3, GLM-4, ...) are told apart by shapes. Which projection is the gate, and how a fused one is
-arranged, is decided by comparing with the module's own output.
+(Phi-3, GLM-4, ...) are told apart by shapes. Which projection is the gate, how a fused one is arranged and
+how the two are combined is decided by running the module's own forward between its projections.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -19,115 +17,141 @@ from torch import Tensor, nn
 from popmm.ffn import FFNWeights, ffn
 
 from .base import FFNSite, UnsupportedModelError, register
+from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination
+from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
+from .weights import check_finite, is_machine_failure, why_not_plain
 
-PROBE_TOKENS = 3
-# relative error of a correct description, by dtype: rounding of two products in a row
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+__all__ = ["TOLERANCE", "DenseAdapter"]
+
+_OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
 
 
 class DenseAdapter:
     """FFNs whose direct children are two or three linear layers and an activation."""
 
     def site(self, module: nn.Module, probe: bool) -> FFNSite | None:
-        candidates = list(_arrangements(module))
-        if not candidates:
+        layers = projections(module)
+        if not layers or mixes_tokens(module):
             return None
-        found = _probe(module, candidates) if probe else candidates[0]
-        if found is None:
-            if not _activations(module):
-                return None  # three linear layers and no activation: no FFN after all
+        readings = _readings(layers)
+        if not readings:
+            pair = ungated(layers) if len(layers) <= 3 else None
+            if pair is not None:
+                raise UnsupportedModelError(f"{type(module).__name__} {without_gate(pair, layers)}")
+            return None
+        activations = _activations(module)
+        inputs, outputs = linear_shape(layers[readings[0].gate])
+        square = len(layers) == 3 and inputs == outputs
+        if not activations and (square or not takes_hidden_states_alone(module)):
+            return None
+        for name, layer in layers.items():
+            reason = why_not_plain(layer, name)
+            if reason:
+                raise UnsupportedModelError(f"{type(module).__name__} is a gated FFN that cannot be read: {reason}")
+        beside = [name for name, child in module.named_children() if name not in layers and _has_parameters(child)]
+        found = find_combination(module, readings, [*activations, *_INLINE])
+        if found is None and beside:
             raise UnsupportedModelError(
-                f"{type(module).__name__} has the layers of a gated FFN but computes something other than "
-                "down(act(gate(x)) * up(x)): register an adapter for this form (entry-point group 'popmm.adapters')"
+                f"{type(module).__name__} has the layers of a gated FFN and others beside them ({', '.join(beside)}): "
+                f"{_OTHER_FORM}"
             )
-        views, combine, down, up = found
-        return FFNSite(module=module, weights=views, combine=combine, down=down, up=up)
+        candidates = [found] if found else _guesses(readings, activations or list(_INLINE))
+        if probe:
+            candidates = [_probe(module, layers, candidates)]
+        reading, combine, factor = candidates[0]
+        down, up = getattr(module, reading.down), None if reading.up is None else getattr(module, reading.up)
+        views = partial(_views, module, reading)
+        return FFNSite(module=module, weights=views, combine=combine, down=down, up=up, factor=factor)
 
 
-def _arrangements(
-    module: nn.Module,
-) -> Iterator[tuple[Callable[[], FFNWeights], Callable, nn.Linear, nn.Linear | None]]:
-    """Every reading of the module's layers as (weight views, combine, down, separate up), likeliest first."""
-    children = list(module.children())
-    linears = [child for child in children if isinstance(child, nn.Linear)]
-    others = [child for child in children if not isinstance(child, nn.Linear)]
-    if len(linears) not in (2, 3) or any(True for child in others for _ in child.parameters()):
-        return
-    activations = _activations(module)
-    if not activations and _takes_hidden_states_alone(module) and linears[0].in_features != linears[0].out_features:
-        activations = list(_INLINE)
-    for activation in activations:
-        combine = partial(_activate, activation)
-        if len(linears) == 3:
-            for gate, up, down in permutations(linears):
-                if gate.weight.shape == up.weight.shape == down.weight.shape[::-1]:
-                    yield partial(_separate, gate, up, down), combine, down, up
+def _readings(layers: dict[str, nn.Module]) -> list[Reading]:
+    """Every reading of linear layers as gate, up and down that their shapes allow, likeliest first."""
+    found = []
+    for names in gated(layers):
+        if len(names) == 3:
+            found.append(Reading(*names))
         else:
-            for fused, down in (linears, linears[::-1]):
-                d_model, d_ff = down.weight.shape
-                if fused.weight.shape == (2 * d_ff, d_model):
-                    for arrangement in _FUSED:
-                        yield partial(_fused, fused, down, arrangement), combine, down, None
+            fused, down = names
+            found += [Reading(fused, None, down, arrangement) for arrangement in range(len(ARRANGEMENTS))]
+    return found
+
+
+def without_gate(pair: tuple[str, str], layers: Iterable[str] = ()) -> str:
+    """What is said of an FFN with these two projections, of the linear layers that it has."""
+    others = [name for name in layers if name not in pair]
+    only = f"widen and narrow, {', '.join(others)} gates no channel" if others else "only"
+    return (
+        f"is an FFN without a gate ({' and '.join(pair)} {only}): popmm prunes gated FFNs (gate, up and down "
+        "projections)"
+    )
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     """Activations that the module holds, as children or as plain functions."""
-    children = [c for c in module.children() if not isinstance(c, (nn.Linear, nn.Dropout))]
-    return children + [value for key, value in vars(module).items() if callable(value) and key != "forward"]
+    children = [
+        child
+        for child in module.children()
+        if not linear_shape(child) and not isinstance(child, (nn.Dropout, nn.ModuleList)) and not _has_parameters(child)
+    ]
+    return children + [value for key, value in vars(module).items() if callable(value) and key not in _NOT_ACTIVATIONS]
 
 
+_NOT_ACTIVATIONS = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 # tried where a module holds no activation and so must call one in its forward
 _INLINE = (F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu)
 
 
-def _takes_hidden_states_alone(module: nn.Module) -> bool:
-    """Whether ``module(x)`` is a call: attention has two or three linear layers too, but needs more."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(needed) == 1
+def _guesses(readings: list[Reading], activations: list[Callable]) -> list[Combination]:
+    return [Combination(reading, partial(activate, act)) for act in activations for reading in readings]
 
 
-def _activate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    return activation(gate) * up
-
-
-def _separate(gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> FFNWeights:
-    return FFNWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
-
-
-_FUSED: tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...] = (
-    lambda rows: rows.chunk(2),
-    lambda rows: rows.chunk(2)[::-1],
-    lambda rows: (rows[0::2], rows[1::2]),
-)
-
-
-def _fused(fused: nn.Linear, down: nn.Linear, arrangement: Callable) -> FFNWeights:
-    gate, up = arrangement(fused.weight)
-    gate_bias, up_bias = (None, None) if fused.bias is None else arrangement(fused.bias)
-    return FFNWeights(gate, up, down.weight, gate_bias, up_bias, down.bias)
+def _views(module: nn.Module, reading: Reading) -> FFNWeights:
+    gate, down = getattr(module, reading.gate), getattr(module, reading.down)
+    if reading.up is not None:
+        up = getattr(module, reading.up)
+        return FFNWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+    apart = ARRANGEMENTS[reading.arrangement][0]
+    biases = (None, None) if gate.bias is None else apart(gate.bias)
+    return FFNWeights(*apart(gate.weight), down.weight, *biases, down.bias)
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, candidates: list):
-    """The arrangement that reproduces the module's own output on random tokens, or None."""
-    weight = next(module.parameters())
-    d_model = candidates[0][0]().d_model
+def _probe(module: nn.Module, layers: dict[str, nn.Module], candidates: list[Combination]) -> Combination:
+    """The candidate that reproduces the module's own output on random tokens.
+
+    Raises:
+        UnsupportedModelError: none does.
+    """
+    kind = type(module).__name__
+    check_finite({f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()})
+    views = _views(module, candidates[0].reading)
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(1, PROBE_TOKENS, d_model, generator=generator, device="cpu").to(weight.device, weight.dtype)
+    x = torch.randn(1, len(SCALES), views.d_model, generator=generator, device="cpu").to(views.gate.device)
+    # so that the channels take the sizes of SCALES
+    spread = torch.nn.functional.linear(x.to(views.gate.dtype), views.gate).float().std(-1, keepdim=True)
+    size = torch.tensor(SCALES, device="cpu").to(x.device)[:, None] / spread.clamp_min(1e-6)
+    x = (x * size).to(views.gate.dtype)
     try:
         expected = module(x)
     except Exception as error:
+        if is_machine_failure(error):
+            raise
         raise UnsupportedModelError(
-            f"{type(module).__name__} looks like a gated FFN but does not run on hidden states alone: {error}"
+            f"{kind} looks like a gated FFN but does not run on hidden states alone: {error}"
         ) from error
-    scale = expected.float().abs().max()
-    for found in candidates:
-        views, combine, *_ = found
-        error = (ffn(x, views(), combine).float() - expected.float()).abs().max()
-        if error <= TOLERANCE.get(weight.dtype, 1e-4) * scale:
-            return found
-    return None
+    if isinstance(expected, Tensor):
+        for found in candidates:
+            ours = ffn(x, _views(module, found.reading), found.combine)
+            if close(ours, expected, TOLERANCE.get(x.dtype, 1e-4)):
+                return found
+    raise UnsupportedModelError(
+        f"{kind} has the layers of a gated FFN but computes something other than down(act(gate(x)) * up(x)): "
+        f"{_OTHER_FORM}"
+    )
 
 
 register(DenseAdapter())

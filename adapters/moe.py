@@ -15,26 +15,47 @@ from transformers.integrations import moe as hf_moe
 from popmm.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
+from .between import TOLERANCE, close
+from .forms import stacked
+from .weights import check_finite, is_machine_failure, why_not_readable
 
 _MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated")
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "top_k")
+_OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
+PROBE_TOKENS = 4
 
 
 class ExpertsAdapter:
     """Modules with 3-D ``gate_up_proj`` and ``down_proj`` that use transformers' experts interface."""
 
     def site(self, module: nn.Module, probe: bool) -> FFNSite | None:
+        kind = type(module).__name__
         if not all(hasattr(module, mark) for mark in _MARKS):
+            names = stacked(module)
+            if names:
+                raise UnsupportedModelError(
+                    f"{kind} holds stacked experts ({', '.join(names)}) that do not use transformers' experts "
+                    f"interface: {_OTHER_FORM}"
+                )
             return None
         if not module.has_gate:
             raise UnsupportedModelError(
-                f"{type(module).__name__} has experts without a gate: popmm prunes gated FFNs (gate, up and down)"
+                f"{kind} has experts without a gate: popmm prunes gated FFNs (gate, up and down projections)"
             )
-        if getattr(module, "has_post_expert_norm", False) or getattr(module, "_is_expert_parallel", False):
+        if getattr(module, "has_post_expert_norm", False):
+            raise UnsupportedModelError(f"{kind} normalises each expert's output: popmm does not support that yet")
+        if getattr(module, "_is_expert_parallel", False):
             raise UnsupportedModelError(
-                f"{type(module).__name__} normalises each expert's output or spreads its experts over devices: "
-                "popmm does not support that yet"
+                f"{kind} spreads its experts over devices: load the model without expert parallelism"
             )
+        for name, parameter in module.named_parameters(recurse=False):
+            reason = "" if parameter.is_meta and type(parameter) is nn.Parameter else why_not_readable(parameter)
+            if reason:
+                raise UnsupportedModelError(f"{kind} has experts that cannot be read: {name} {reason}")
+        missing = [name for name in ("gate_up_proj", "down_proj") if name not in module._parameters]
+        if missing:
+            held = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+            raise UnsupportedModelError(f"{kind} has experts without {' and '.join(missing)} ({held}): {_OTHER_FORM}")
         return FFNSite(
             module=module,
             weights=partial(_views, module),
@@ -42,6 +63,43 @@ class ExpertsAdapter:
             split=partial(_split, module, dim=-1),
             n_experts=module.num_experts,
             top_k=_top_k(module),
+        )
+
+
+@torch.no_grad()
+def verify_experts(site: FFNSite) -> None:
+    """Compares the description of a stack of experts with the module's own output on random tokens.
+
+    Raises:
+        UnsupportedModelError: they differ, or ``top_k`` is unknown; ``BrokenWeightsError`` names weights that are
+            not finite.
+    """
+    from popmm.expert_linear import expert_linear  # not before popmm itself is there
+
+    module, w, kind = site.module, site.weights(), type(site.module).__name__
+    check_finite(dict(module.named_parameters(recurse=False)))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(PROBE_TOKENS, w.d_model, generator=generator, device="cpu").to(w.gate.device, w.gate.dtype)
+    choice = torch.arange(PROBE_TOKENS, device="cpu")[:, None] + torch.arange(site.top_k, device="cpu")
+    index = (-1 - choice).remainder(site.n_experts).to(x.device)
+    weight = torch.rand(index.shape, generator=generator, device="cpu").to(x)
+    experts = index.flatten()
+    pairs = x.repeat_interleave(site.top_k, dim=0)
+    h = site.combine(expert_linear(pairs, w.gate, experts, w.gate_bias), expert_linear(pairs, w.up, experts, w.up_bias))
+    y = expert_linear(h, w.down, experts, w.down_bias) * weight.flatten().unsqueeze(-1)
+    ours = y.view(PROBE_TOKENS, site.top_k, -1).sum(dim=1).to(x.dtype)
+    try:
+        theirs = module(x, index, weight)
+    except Exception as error:
+        if is_machine_failure(error):
+            raise
+        raise UnsupportedModelError(
+            f"{kind} looks like stacked experts but does not run on hidden states, expert numbers and router "
+            f"weights: {error}"
+        ) from error
+    if not isinstance(theirs, Tensor) or not close(ours, theirs, TOLERANCE.get(x.dtype, 1e-4)):
+        raise UnsupportedModelError(
+            f"{kind} computes something other than down(act(gate(x)) * up(x)) per expert: {_OTHER_FORM}"
         )
 
 
@@ -75,8 +133,9 @@ def _combine(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 def _top_k(module: nn.Module) -> int:
     """Experts per token by the configuration; the router beside the experts has the last word."""
+    config = getattr(module, "config", None)
     for name in _TOP_K:
-        value = getattr(module.config, name, None)
+        value = getattr(config, name, None)
         if isinstance(value, int):
             return value
     return 0  # left to the router

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import UnsupportedModelError, find_decoder, is_linear
+from .base import UnsupportedModelError, find_decoder
+from .forms import is_linear
 
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(?:id|index)")
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from rich.progress import Progress
 
 from popmm.attach import pruned
 from popmm.config import PopConfig
 from popmm.conversation import chat_inputs, tokenizer_of
 from popmm.evaluate import decode_logits
 from popmm.modality import TEXT
+from popmm.terminal import progress
 from popmm.zoo import shapes
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class AnswerRow:
     pruning_ratio: float
     bytes_share: float
     accuracy: dict[str, tuple[float, float]]  # "all" last
+    channels_skipped: float | None = None  # share of a token's FFN channels that are not computed
 
 
 @dataclass
@@ -93,8 +94,8 @@ def evaluate_answers(
     if unknown:
         raise ValueError(f"unknown method {unknown[0]!r}: give some of {', '.join(map(repr, METHODS))}")
     sets = [held_out_questions(processor, model.device, seed, pictures) for seed in range(seeds)]
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("answering", total=(1 + len(methods) * len(ratios)) * sum(map(len, sets)))
+    with progress() as bars:
+        bar = bars.add_task("answering", total=(1 + len(methods) * len(ratios)) * sum(map(len, sets)))
 
         def exact(state: PartitionState | None) -> list[dict[str, float]]:
             shares = []
@@ -102,12 +103,12 @@ def evaluate_answers(
                 found: dict[str, list[bool]] = {}
                 for question in asked:
                     found.setdefault(question.kind, []).append(is_exact(model, question, state))
-                    progress.advance(bar)
+                    bars.advance(bar)
                 by_kind = {kind: statistics.mean(found[kind]) for kind in shapes.KINDS if kind in found}
                 shares.append({**by_kind, "all": statistics.mean(itertools.chain(*found.values()))})
             return shares
 
-        rows = [_row("dense", 0.0, 1.0, exact(None))]
+        rows = [_row("dense", 0.0, 1.0, 0.0, exact(None))]
         for ratio in ratios:
             for name in methods:
                 modality, settings = METHODS[name]
@@ -115,22 +116,23 @@ def evaluate_answers(
                     if modality is not None:
                         state.rank_by_modality(modality)
                     read, everything = state.bytes_per_token()
-                    rows.append(_row(name, ratio, read / everything, exact(state)))
+                    rows.append(_row(name, ratio, read / everything, state.channels_skipped(), exact(state)))
     return rows
 
 
-def _row(method: str, ratio: float, share: float, seeds: list[dict[str, float]]) -> AnswerRow:
+def _row(method: str, ratio: float, share: float, skipped: float, seeds: list[dict[str, float]]) -> AnswerRow:
     spread = statistics.stdev if len(seeds) > 1 else lambda _: 0.0
     values = {kind: [seed[kind] for seed in seeds] for kind in seeds[0]}
     accuracy = {kind: (statistics.mean(v), spread(v)) for kind, v in values.items()}
-    return AnswerRow(method, ratio, share, accuracy)
+    return AnswerRow(method, ratio, share, accuracy, skipped)
 
 
 def answers_to_markdown(rows: list[AnswerRow]) -> str:
     """Rows as a Markdown table."""
     kinds = list(rows[0].accuracy)
-    lines = [f"| statistics | pruned | FFN bytes | {' | '.join(kinds)} |", "|" + "---|" * (3 + len(kinds))]
+    lines = [f"| statistics | pruned | FFN bytes | skipped | {' | '.join(kinds)} |", "|" + "---|" * (4 + len(kinds))]
     for r in rows:
         cells = [f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in r.accuracy.values()]
-        lines.append(f"| {r.method} | {r.pruning_ratio:.0%} | {r.bytes_share:.1%} | {' | '.join(cells)} |")
+        skipped = "-" if r.channels_skipped is None else f"{r.channels_skipped:.1%}"
+        lines.append(f"| {r.method} | {r.pruning_ratio:.0%} | {r.bytes_share:.1%} | {skipped} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from popmm.adapters import FFNSite, ModelDescription, UnsupportedModelError, describe, find_surroundings, tower_ffns
-from popmm.adapters.base import find_decoder
+from popmm.act import whole_act
+from popmm.adapters import (
+    ModelDescription,
+    UnsupportedModelError,
+    describe,
+    find_decoder,
+    find_surroundings,
+    tower_ffns,
+)
+from popmm.attachment import MARKER, Attachment, Hook, Override
 from popmm.budget import MAX_FFN_RATIO, ratio_of, region_sizes
+from popmm.compat import device_map, internal, is_offloaded
 from popmm.config import PopConfig
 from popmm.decode import StaticCaches
 from popmm.experts import PrunedExperts
-from popmm.experts_interface import ON_MODULE, dense_experts, switch_off, switch_on
+from popmm.experts_interface import ON_MODULE, dense_experts
+from popmm.integrity import Integrity
 from popmm.layout import Layout, choose_layout, shared_parameters, why_not_in_place
 from popmm.phase import Phase
 from popmm.site import PrunedFFN
 from popmm.state import PartitionState
 from popmm.tower import PrunedTowerFFN, tower_ratio
 from popmm.traffic import SizesRule, sizes_for, with_bits
-from popmm.wrappers import chunked, exclusive, phased, refreshed, with_modalities
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ATTACHMENT = "_popmm_attachment"
-_MISSING = object()
+from popmm.wrappers import chunked, compiled, exclusive, phased, refused_batching, with_modalities
 
 
 def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> PartitionState:
@@ -58,101 +62,92 @@ def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> Par
 
 def attach_with(model: nn.Module, config: PopConfig, sizes: SizesRule) -> PartitionState:
     """``attach`` with region sizes of another rule, for baselines."""
-    decoder = find_decoder(model)
-    if _ATTACHMENT in decoder.__dict__:
-        raise RuntimeError(
-            f"this {type(model).__name__} is attached already ({decoder.__dict__[_ATTACHMENT].state!r}): "
-            "call popmm.detach(model) first"
-        )
-    _check_weights(model)
-    if model.training or decoder.training:
-        raise ValueError(f"this {type(model).__name__} is in training mode: call model.eval() before popmm.attach")
-    with next(model.parameters()).device:  # whatever default device is set
-        attachment = _build(model, describe(model), config, sizes)
-    attachment.install()
-    return attachment.state
+    decoder, ours = find_decoder(model), []
+    try:
+        with whole_act():
+            if MARKER in decoder.__dict__:
+                raise RuntimeError(
+                    f"this {type(model).__name__} is attached already ({decoder.__dict__[MARKER].state!r}): "
+                    "call popmm.detach(model) first"
+                )
+            _check_weights(model)
+            if model.training or decoder.training:
+                name = type(model).__name__
+                raise ValueError(f"this {name} is in training mode: call model.eval() before popmm.attach")
+            layouts: list[Layout] = []
+            ours.append(layouts)
+            device = next(model.parameters()).device
+            with device, torch.autocast(device.type, enabled=False):  # whatever is set
+                description = describe(model, skip_layers=config.skip_layers)
+                attachment = _wire(model, description, config, sizes, layouts)
+            ours.append(attachment)
+            attachment.install()
+        return attachment.state
+    except BaseException:  # an interrupt too must leave the model as it was
+        with whole_act():
+            for attached in ours[1:]:
+                attached.remove()
+            for layout in ours[0] if ours else []:
+                layout.release()
+        raise
 
 
 def detach(model: nn.Module) -> None:
-    """Gives the model back as it was before ``attach``.
+    """Gives the model back as it was before ``attach``. Interrupted, it finishes first.
 
     Raises:
-        RuntimeError: the model is not attached, or another thread is running it.
+        RuntimeError: the model is not attached, or another thread is running it. Whatever else is raised (such as for
+            want of memory) leaves it attached, and ``detach`` may be called again.
     """
-    attachment = find_decoder(model).__dict__.get(_ATTACHMENT)
+    attachment = find_decoder(model).__dict__.get(MARKER)
     if attachment is None:
         raise RuntimeError(f"this {type(model).__name__} is not attached: call popmm.attach(model, config) first")
     with attachment.phase.exclusive("detach"):
-        attachment.remove()
-
-
-@contextmanager
-def pruned(model: nn.Module, config: PopConfig | None = None, **settings) -> Iterator[PartitionState]:
-    """``attach`` for the length of a ``with`` block; detaches also when its body raises."""
-    state = attach(model, config, **settings)
-    try:
-        yield state
-    finally:
-        if _ATTACHMENT in find_decoder(model).__dict__:
-            detach(model)
-
-
-@dataclass
-class _Attachment:
-    """What was put on a model, and what stood there before. Kept on the decoder, and so freed with it."""
-
-    decoder: nn.Module
-    switches_experts: bool  # to our implementation of transformers' experts interface
-    state: PartitionState
-    phase: Phase
-    caches: StaticCaches
-    overrides: list[tuple[Any, str, Any]]  # (module, attribute, value to set)
-    hooks: list[Callable[[], Any]]  # register a hook each, and return its handle
-    replaced: list[tuple[Any, str, Any]] = field(default_factory=list)
-    handles: list = field(default_factory=list)
-    switched: bool = False
-
-    def install(self) -> None:
-        self.overrides.append((self.decoder, _ATTACHMENT, self))
         try:
-            for module, attribute, value in self.overrides:
-                self.replaced.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
-                module.__dict__[attribute] = value
-            for register in self.hooks:
-                self.handles.append(register())
-            if self.switches_experts:
-                switch_on(self.decoder)
-                self.switched = True
-        except BaseException:  # an interrupt too must leave the model as it was
-            self.remove()
+            with whole_act():
+                attachment.remove()
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C
+                with whole_act():
+                    attachment.remove()  # what is done already is left out
             raise
 
-    def remove(self) -> None:
-        self.phase.restore()  # may fail for want of memory: then the model is still attached
-        if self.switched:
-            self.switched = False
-            switch_off(self.decoder)
-        for handle in self.handles:
-            handle.remove()
-        for module, attribute, before in reversed(self.replaced):
-            if before is _MISSING:
-                module.__dict__.pop(attribute, None)
-            else:
-                module.__dict__[attribute] = before
-        self.handles, self.replaced = [], []
-        self.phase.release()
-        self.caches.release()
 
+class pruned(contextlib.AbstractContextManager):
+    """``attach`` for the length of a ``with`` block; detaches also when its body raises.
 
-def _build(model: nn.Module, description: ModelDescription, config: PopConfig, sizes_of: SizesRule) -> _Attachment:
-    """Everything that can fail, before anything of the model is touched but, with ``gate``, how down is stored."""
-    layouts: list[Layout] = []
-    try:
-        return _wire(model, description, config, sizes_of, layouts)
-    except BaseException:
-        for layout in layouts:
-            layout.release()
-        raise
+    Takes what ``attach`` takes; yields the ``PartitionState``.
+    """
+
+    _state: PartitionState | None = None
+
+    def __init__(self, model: nn.Module, config: PopConfig | None = None, **settings) -> None:
+        self._model, self._config, self._settings = model, config, settings
+
+    def __enter__(self) -> PartitionState:
+        try:
+            self._state = attach(self._model, self._config, **self._settings)
+            return self._state
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *raised) -> None:
+        try:
+            self._leave()
+        except BaseException:
+            self._leave()  # whatever came in between, the block does not stay attached
+            raise
+
+    def __del__(self) -> None:
+        self._leave()  # interrupted before __exit__ had begun
+
+    def _leave(self) -> None:
+        """Detaches what this block has attached, unless its body did."""
+        attachment = find_decoder(self._model).__dict__.get(MARKER) if self._state is not None else None
+        if attachment is not None and attachment.state is self._state:
+            detach(self._model)
+        self._state = None
 
 
 def _wire(
@@ -161,13 +156,13 @@ def _wire(
     config: PopConfig,
     sizes_of: SizesRule,
     layouts: list[Layout],
-) -> _Attachment:
+) -> Attachment:
+    """Everything that can fail, before anything of the model is touched but, with ``gate``, how down is stored."""
     ratio = ratio_of(description, config)
     given, config = config, with_bits(config, list(description.sites()), ratio)
     ffns, left_dense, shared = [], [], shared_parameters(model)
     # a module that several layers share is one FFN
     for site in {site.name: site for site in description.sites()}.values():
-        _check_site(site)
         if site.layer in config.skip_layers:
             left_dense.append(site)
         elif not site.shared or config.shared_experts == "prune":
@@ -182,58 +177,66 @@ def _wire(
         found = tower_ffns(model)
         vision_ratio = tower_ratio(found, config, MAX_FFN_RATIO)
         tower = [PrunedTowerFFN(ffn, vision_ratio, config) for ffn in found]
-    state = PartitionState(given, ratio, ffns, left_dense, phase, tower)
+    state = PartitionState(given, ratio, ffns, left_dense, phase, tower, description.left_out)
 
     decoder = description.decoder
-    overrides: list[tuple[Any, str, Any]] = []
-    if hasattr(model, "generate"):
-        overrides.append((model, "generate", exclusive(model.generate, phase)))
-    caches = StaticCaches()
-    if hasattr(model, "_prepare_static_cache"):
-        overrides.append((model, "_prepare_static_cache", caches.wrap(model._prepare_static_cache)))
-    if config.refresh_every and hasattr(model, "get_compiled_call"):
-        overrides.append((model, "get_compiled_call", refreshed(model.get_compiled_call, phase)))
-    if hasattr(model, "_prefill"):
-        overrides.append((model, "_prefill", chunked(model._prefill, phase)))
-    hooks: list[Callable[[], Any]] = []
-    switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
-    for ffn in ffns:
-        ffn.wire(phase)
-        if not ffn.site.is_experts:
-            overrides.append((ffn.site.module, "forward", ffn.forward))
-            hooks.append(functools.partial(ffn.site.down.register_forward_pre_hook, ffn.observe))
-            if ffn.wants_up and ffn.site.up is not None:
-                hooks.append(functools.partial(ffn.site.up.register_forward_hook, ffn.keep_up))
-        elif switches_experts:
-            overrides.append((ffn.site.module, ON_MODULE, ffn.forward))
-        else:
-            hooks.append(functools.partial(ffn.site.module.register_forward_pre_hook, ffn.observe, with_kwargs=True))
-    if switches_experts:
-        experts = [site.module for site in left_dense if site.is_experts]
-        overrides += [(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
-    overrides.append((decoder, "forward", phased(decoder, phase, switches_experts)))
     surroundings = find_surroundings(model)
-    if surroundings is not None:
-        overrides.append((surroundings.module, "forward", with_modalities(surroundings, phase)))
-    elif config.modality_balance is not None:
+    if surroundings is None and config.modality_balance is not None:
         raise ValueError(
             f"modality_balance={config.modality_balance}: this {type(model).__name__} reads text alone; leave it None"
         )
-    hooks += [functools.partial(ffn.down.register_forward_pre_hook, ffn.prune) for ffn in tower]
-    return _Attachment(decoder, switches_experts, state, phase, caches, overrides, hooks)
+    caches = StaticCaches()
+    overrides = [Override(model, name, ours) for name, ours in _around_generate(model, phase, caches, config)]
+    overrides += [Override(*refusal) for refusal in refused_batching(model, phase)]
+    hooks = [Hook(ffn.down, ffn.prune) for ffn in tower]
+    switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
+    notes = []
+    for ffn in ffns:
+        ffn.wire(phase)
+        ffn.integrity = Integrity(model, ffn.name, ffn.site.module)
+        forward = None
+        if not ffn.site.is_experts:
+            forward = ffn.forward
+            overrides.append(Override(ffn.site.module, "forward", forward))
+            hooks.append(Hook(ffn.site.down, ffn.observe))
+            if ffn.wants_up and ffn.site.up is not None:
+                hooks.append(Hook(ffn.site.up, ffn.keep_up, after=True))
+        elif switches_experts:
+            overrides.append(Override(ffn.site.module, ON_MODULE, ffn.forward))
+        else:
+            hooks.append(Hook(ffn.site.module, ffn.observe, with_kwargs=True))
+        notes.append(functools.partial(ffn.integrity.installed, forward))
+    if switches_experts:
+        experts = [site.module for site in left_dense if site.is_experts]
+        overrides += [Override(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
+    overrides.append(Override(decoder, "forward", phased(decoder, phase, switches_experts)))
+    if surroundings is not None:
+        overrides.append(Override(surroundings.module, "forward", with_modalities(surroundings, phase)))
+    return Attachment(decoder, state, phase, caches, switches_experts, overrides, hooks, notes)
+
+
+def _around_generate(
+    model: nn.Module, phase: Phase, caches: StaticCaches, config: PopConfig
+) -> Iterator[tuple[str, Callable]]:
+    """What stands around ``generate`` and its steps, by name."""
+    if hasattr(model, "generate"):
+        yield "generate", exclusive(model.generate, phase)
+    around = {
+        "_prepare_static_cache": caches.wrap,
+        "get_compiled_call": lambda call: compiled(call, phase, config.refresh_every > 0),
+        "_prefill": lambda call: chunked(call, phase),
+    }
+    for name, wrap in around.items():
+        call = internal(model, name)
+        if call is not None:
+            yield name, wrap(call)
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuses quantised and offloaded models."""
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        method = getattr(getattr(model, "config", None), "quantization_config", None)
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} is quantised ({type(method).__name__}): popmm reads floating-point weights; "
-            "load the model without quantization_config"
-        )
-    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    """Refuses offloaded models, and those without data."""
+    devices = device_map(model)
     offloaded = "disk" in devices or ("cpu" in devices and len(devices) > 1)
-    if offloaded or any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules()):
+    if offloaded or any(map(is_offloaded, model.modules())):
         raise UnsupportedModelError(
             f"weights of this {type(model).__name__} are offloaded (devices: {', '.join(sorted(devices)) or 'hooks'}): "
             "load the whole model on accelerators, or the whole of it on the CPU"
@@ -243,11 +246,3 @@ def _check_weights(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{meta} has no data (meta device): load the weights first; popmm.budget.ffn_ratio takes such a model"
         )
-
-
-def _check_site(site: FFNSite) -> None:
-    for w in site.weights():
-        if w is not None and w.dtype not in _FLOATS:
-            raise UnsupportedModelError(
-                f"{site.name} has {w.dtype} weights: popmm reads floating-point weights; load the model unquantised"
-            )

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import transformers
 from rich import box
-from rich.progress import Progress
 from rich.table import Table
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
@@ -25,6 +24,7 @@ from popmm.adapters import describe
 from popmm.attach import pruned
 from popmm.compare import Clock
 from popmm.config import PopConfig
+from popmm.terminal import progress
 from popmm.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes, pruned_ffn_bytes
 
 PROMPTS = 2  # that a compiled row decodes before it is measured
@@ -53,6 +53,7 @@ class BenchRow:
     peak_gib: float = 0.0
     recompilations: int = 0  # after the first prompt
     recordings: int = 0  # of CUDA graphs, after the first two prompts
+    channels_skipped: float = 0.0  # share of a token's FFN channels that are not computed
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Way:
     prefills: list[float] = field(default_factory=list)
     partitions: list[float] = field(default_factory=list)
     ffn_bytes: int = 0  # per step
+    skipped: float = 0.0
     saved: tuple[int, int] = (0, 0)  # bytes per step that quantisation saves: of the FFNs, of all weights
     buffers: int = 0
     peak: int = 0
@@ -115,15 +117,15 @@ class Bench:
         """Measures the rows, in turn where that needs no recompilation."""
         eager = [way for way in rows if not way.compiled]
         compiled = [way for way in rows if way.compiled]
-        with Progress(transient=True) as progress:
-            bar = progress.add_task("decoding", total=len(eager) * (rounds + 1) + len(compiled))
+        with progress() as bars:
+            bar = bars.add_task("decoding", total=len(eager) * (rounds + 1) + len(compiled))
             for turn in range(rounds + 1):
                 for way in eager:
                     self._eager(way, keep=turn > 0)  # the first turn warms up
-                    progress.advance(bar)
+                    bars.advance(bar)
             for way in compiled:
                 self._compiled(way, rounds)
-                progress.advance(bar)
+                bars.advance(bar)
         found = [self._row(way) for way in rows]
         dense = [row for row, way in zip(found, rows) if way.config is None and not way.int8]
         baseline = min([row for row in dense if row.row == "dense compiled"] or dense, key=lambda row: row.ms)
@@ -192,6 +194,7 @@ class Bench:
         way.times += times
         way.prefills += prefills
         if state is not None:
+            way.skipped = state.channels_skipped()
             way.ffn_bytes, way.buffers = pruned_ffn_bytes(state, self.batch), state.buffer_bytes()
             way.partitions.append(state.partition_seconds())
         if self.device.type == "cuda":
@@ -219,6 +222,7 @@ class Bench:
             peak_gib=way.peak / 2**30,
             recompilations=way.recompilations,
             recordings=way.recordings,
+            channels_skipped=way.skipped,
         )
 
     def _synchronize(self) -> None:
@@ -268,26 +272,28 @@ _COLUMNS = {
 
 
 def bench_table(rows: list[BenchRow], title: str) -> Table:
-    """Rows for people; the share of the baseline's bytes stands beside the label."""
+    """Rows for people; the share of the baseline's bytes, and of the FFN channels skipped, stand beside the label."""
     table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("")
-    for name in ("bytes", *_COLUMNS):
+    for name in ("bytes", "skipped", *_COLUMNS):
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         share = f"{row.total_bytes / rows[0].total_bytes:.1%}"
-        table.add_row(row.row, share, *(form.format(getattr(row, name)) for name, form in _COLUMNS.items()))
+        skipped = f"{row.channels_skipped:.1%}"
+        table.add_row(row.row, share, skipped, *(form.format(getattr(row, name)) for name, form in _COLUMNS.items()))
     return table
 
 
 def bench_markdown(rows: list[BenchRow]) -> str:
     """Rows as a Markdown table."""
     lines = [
-        "| row | bytes | " + " | ".join(n.replace("_", " ") for n in _COLUMNS) + " |",
-        "|---" * (len(_COLUMNS) + 2) + "|",
+        "| row | bytes | skipped | " + " | ".join(n.replace("_", " ") for n in _COLUMNS) + " |",
+        "|---" * (len(_COLUMNS) + 3) + "|",
     ]
     for row in rows:
         cells = [form.format(getattr(row, name)) for name, form in _COLUMNS.items()]
-        lines.append(f"| {row.row} | {row.total_bytes / rows[0].total_bytes:.1%} | {' | '.join(cells)} |")
+        share, skipped = f"{row.total_bytes / rows[0].total_bytes:.1%}", f"{row.channels_skipped:.1%}"
+        lines.append(f"| {row.row} | {share} | {skipped} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

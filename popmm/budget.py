@@ -84,7 +84,9 @@ def ffn_ratio(
 
     Paper, table 8: ``r_ffn = pruning_ratio / share``, where share is the FFN's part of a decoder block's
     linear weights (attention and FFN; no embeddings, norms, biases or routers). Experts count as far as
-    one token activates them; shared experts count on neither side unless they are pruned too.
+    one token activates them; shared experts count on neither side unless they are pruned too. FFNs that are left
+    dense, in skipped layers or because of their form, count among the block's weights, not among those that can go:
+    the others take over their share.
 
     Args:
         model: a model (its weights may lie on the meta device) or a configuration.
@@ -100,7 +102,7 @@ def ffn_ratio(
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
             model = AutoModel.from_config(model)
-    return ratio_of(describe(model, probe=False), config)
+    return ratio_of(describe(model, probe=False, skip_layers=skip_layers), config)
 
 
 def ratio_of(description: ModelDescription, config: PopConfig) -> float:
@@ -115,18 +117,30 @@ def ratio_of(description: ModelDescription, config: PopConfig) -> float:
         everything += weights + layer.attention_weights
         prunable += weights if layer.index not in skip_layers else 0
     if prunable == 0:
-        raise ValueError(f"skip_layers={skip_layers} leaves no FFN to prune: skip fewer layers")
+        raise ValueError(_why_none(description, config))
     if config.ffn_ratio is not None:
         return _check_ffn_ratio(config.ffn_ratio)
     ratio = pruning_ratio * everything / prunable
     if ratio > MAX_FFN_RATIO:
         # rounded down, so that the ratio named here works
         largest = math.floor(MAX_FFN_RATIO * prunable / everything * 1000) / 1000
+        dense = f" ({len(description.left_out)} others cannot be pruned)" if description.left_out else ""
         raise ValueError(
-            f"pruning_ratio={pruning_ratio} would prune {ratio:.1%} of each FFN; at most {MAX_FFN_RATIO:.0%} may go: "
-            f"give pruning_ratio={largest} or less"
+            f"pruning_ratio={pruning_ratio} would prune {ratio:.1%} of each FFN{dense}; at most {MAX_FFN_RATIO:.0%} "
+            f"may go: give pruning_ratio={largest} or less"
         )
     return ratio
+
+
+def _why_none(description: ModelDescription, config: PopConfig) -> str:
+    """Why no site of a description is to be pruned, and what would work."""
+    open_layers = [layer for layer in description.layers if layer.index not in config.skip_layers]
+    if any(site.shared for layer in open_layers for site in layer.sites):
+        return (
+            "of this model's FFNs only shared experts can be pruned, and shared_experts='dense' keeps them: give "
+            "shared_experts='prune'"
+        )
+    return f"skip_layers={config.skip_layers} leaves no FFN to prune: skip fewer layers"
 
 
 def _check_ffn_ratio(ratio: float) -> float:

@@ -11,6 +11,7 @@ from popmm.config import PopConfig
 from popmm.conversation import Answer, Conversation, check_chats, speed
 from popmm.images import open_image
 from popmm.report import human_bytes
+from popmm.terminal import for_people
 
 HELP = """/image PATH   show a picture (file or address) with the next question
 /ratio 0.3    prune so much from now on; 0 = dense
@@ -57,6 +58,8 @@ class Chat:
         try:
             if not line.startswith("/"):
                 self.last = self.conversation.ask(line, stream=True)
+                if not self.last.text:
+                    self.console.print("[the model ended at once: ask in other words]", style="yellow", markup=False)
                 return
             name, _, argument = line.partition(" ")
             if name not in self.commands:
@@ -68,7 +71,7 @@ class Chat:
             text = str(error).splitlines()[0] if str(error) else repr(error)
             if not line.startswith("/") and self.conversation.drop_pictures():
                 text += " (the new picture is dropped)"
-            self.console.print(text, style="red", markup=False)
+            self.console.print(text, style="red", markup=False, soft_wrap=True)
 
     def image(self, source: str) -> None:
         if not source:
@@ -90,9 +93,10 @@ class Chat:
         read, dense = self.conversation.state.bytes_per_token()
         self.console.print(
             f"pruning_ratio {ratio:g}: reads {human_bytes(read)} of {human_bytes(dense)} FFN weights per token "
-            f"({read / dense:.1%})",
+            f"({read / dense:.1%}), skips {self.conversation.state.channels_skipped():.1%} of the FFN channels",
             style="dim",
             markup=False,
+            soft_wrap=True,
         )
 
     def stats(self, _: str) -> None:
@@ -118,7 +122,7 @@ def chat(model, processor, config: PopConfig, sources: list[str], **generation) 
         sources: files or addresses of pictures that come with the first question.
     """
     check_chats(processor)
-    console = Console(highlight=False)
+    console = for_people()
     conversation = Conversation(model, processor, config, **generation)
     try:
         room = Chat(conversation, console, config)

@@ -12,7 +12,9 @@ from transformers import TextStreamer
 
 from popmm.attach import attach, detach
 from popmm.compare import clocked_generate
+from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
+from popmm.loading import check_length
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,7 +156,7 @@ class Conversation:
             undo.pop_all()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}]
         self._waiting = []
-        self._cache = output.past_key_values
+        self._cache = cache_of(output)
         self._cached_ids = output.sequences[0, : self._cache.get_seq_length()]
         return answer
 
@@ -163,6 +165,7 @@ class Conversation:
         inputs = chat_inputs(self.processor, messages, self.model.device)
         n_cached = 0 if self._cache is None else len(self._cached_ids)
         ids = inputs["input_ids"]
+        check_length(self.model, ids.shape[1], self.generation["max_new_tokens"])
         goes_on = (
             n_cached > 0
             and not self._waiting
@@ -172,7 +175,7 @@ class Conversation:
         if goes_on:  # the cache holds the pictures already
             of_text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
             inputs = {name: inputs[name] for name in of_text if name in inputs}
-            inputs["past_key_values"] = self._cache
+            inputs = {**inputs, **cache_argument(self.model, self._cache)}
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         output, seconds = clocked_generate(
             self.model, inputs, streamer, return_dict_in_generate=True, **self.generation
@@ -186,7 +189,7 @@ class Conversation:
 
 
 def speed(answer: Answer) -> str:
-    """Tokens of an answer and their rate, for people."""
+    """Tokens of an answer and their rate, for people; an answer of one token has no rate."""
     if math.isnan(answer.seconds_per_token):
         return f"{answer.n_tokens} tokens"
     return f"{answer.n_tokens} tokens at {1 / answer.seconds_per_token:.1f} tokens/s"

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import gc
-import inspect
 import sys
 from collections.abc import Callable
 
 import torch
 import torch._dynamo
 from torch import Tensor
-from transformers import StaticCache
+
+from popmm.compat import StaticCache, forget_cache_length, static_cache_signature
+from popmm.sequence import ON_CACHE
 
 KEPT = 4  # caches, of different batch sizes and lengths
 BUCKET = 256  # cache lengths are rounded up to a multiple of this
@@ -36,13 +37,18 @@ class StaticCaches:
     def __init__(self) -> None:
         self._caches: dict[tuple, StaticCache] = {}
         self._collected: set[tuple] = set()
+        self.released = False
 
     def wrap(self, prepare: Callable[..., StaticCache]) -> Callable[..., StaticCache]:
         """transformers' ``_prepare_static_cache``, in buckets."""
-        signature = inspect.signature(prepare)
+        signature = static_cache_signature(prepare)
+        if signature is None:
+            return prepare
 
         @functools.wraps(prepare)
         def prepare_in_bucket(*args, **kwargs):
+            if self.released:
+                return prepare(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             length = bound.arguments["max_cache_len"]
             bound.arguments["max_cache_len"] = length = -(-length // BUCKET) * BUCKET
@@ -58,11 +64,11 @@ class StaticCaches:
                 gc.collect()  # a compilation leaves cycles that hold its arguments
                 free = sys.getrefcount(kept) <= _ONLY_OURS and not _parts_are_held(kept)
             if free:
-                kept.__dict__.pop("_popmm_sequence", None)
+                kept.__dict__.pop(ON_CACHE, None)
                 kept.reset()
                 return kept
-            if model is not None:  # or else it would be as long as the longest so far
-                model.__dict__.pop("_previous_max_cache_length", None)
+            if model is not None:
+                forget_cache_length(model)
             self._caches.pop(key, None)
             while len(self._caches) >= KEPT:
                 del self._caches[next(iter(self._caches))]
@@ -72,7 +78,8 @@ class StaticCaches:
         return prepare_in_bucket
 
     def release(self) -> None:
-        """Frees the caches."""
+        """Frees the caches; what is left of the wrapper is transparent."""
+        self.released = True
         self._caches.clear()
 
 

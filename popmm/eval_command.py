@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from popmm.answers import METHODS as STATISTICS
-from popmm.answers import answers_to_markdown, evaluate_answers, held_out_questions
-from popmm.commands import RATIOS, check_folders, config_from, load_from, numbers
+from popmm.arguments import RATIOS, check_folders, config_from, listed, numbers
+from popmm.commands import load_from
 from popmm.config import PopConfig
-from popmm.evaluate import Case, Row, Wanted, evaluate, with_greedy
-from popmm.methods import METHODS, check_known, methods_for
 from popmm.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
-from popmm.quality_plots import equal_bytes_figure, gamma_figure
-from popmm.tables import model_name, rows_to_json, rows_to_markdown
-from popmm.texts import text_cases
+
+if TYPE_CHECKING:
+    from popmm.evaluate import Case
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 GAMMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -45,6 +43,8 @@ def dtype_of(model) -> str:
 
 def _save(args: argparse.Namespace, rows: list) -> None:
     if args.json:
+        from popmm.tables import rows_to_json
+
         args.json.write_text(rows_to_json(rows, args) + "\n")
 
 
@@ -76,10 +76,16 @@ def _check(args: argparse.Namespace) -> None:
     for share in numbers(args.bytes or "1"):
         if not 0 < share <= 1:
             raise ValueError(f"--bytes {share}: give shares between 0 and 1, such as 0.7,0.5")
-    if args.methods and not by_statistics:
-        check_known(args.methods.split(";"))
     if args.plot and args.plot.suffix not in PICTURES:
         raise ValueError(f"--plot {args.plot}: give a name that ends in one of {', '.join(PICTURES)}")
+    if args.text and not args.text.is_file():
+        raise ValueError(f"--text {args.text}: there is no such file")
+    if args.preset:
+        preset(args.preset)
+    if args.methods and not by_statistics:
+        from popmm.methods import METHODS, check_known
+
+        check_known(listed(args.methods, METHODS))
 
 
 def _evaluate_tasks(args: argparse.Namespace) -> None:
@@ -88,7 +94,7 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
         tasks, ratios = list(how.tasks), list(how.ratios)
     else:
         how = Preset((), scoring="decode", batch=1, config=config_from(args))
-        tasks, ratios = args.tasks.split(","), numbers(args.ratios)
+        tasks, ratios = listed(args.tasks), numbers(args.ratios)
     model, tokenizer = load_from(args)
     rows = evaluate_tasks(
         model,
@@ -107,10 +113,18 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
 
 
 def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
+    from popmm.evaluate import Wanted, evaluate, with_greedy
+    from popmm.loading import check_length
+    from popmm.methods import METHODS, methods_for
+    from popmm.quality_plots import equal_bytes_figure
+    from popmm.tables import model_name, rows_to_markdown
+    from popmm.texts import text_cases
+
     exact, dtype = args.task == "shapes", dtype_of(model)
     if exact:
         subsets, calibration = _picture_cases(args, model, tokenizer)
     else:
+        check_length(model, args.context, args.continuation)
         subsets, calibration = text_cases(
             model,
             tokenizer,
@@ -126,7 +140,7 @@ def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
     base = config_from(args)
     if args.sweep:
         return _sweep_gamma(args, model, subsets, base)
-    names = args.methods.split(";") if args.methods else methods_for(model)
+    names = listed(args.methods, METHODS) if args.methods else methods_for(model)
     if not calibration and not args.methods:
         left_out = [name for name in names if METHODS[name].calibrated]
         print(f"without {', '.join(left_out)}: no texts are left to calibrate on", file=sys.stderr)
@@ -152,6 +166,10 @@ def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
 
 
 def _sweep_gamma(args: argparse.Namespace, model, subsets: list[list[Case]], base: PopConfig) -> None:
+    from popmm.evaluate import Row, Wanted, evaluate
+    from popmm.quality_plots import gamma_figure
+    from popmm.tables import model_name, rows_to_markdown
+
     rows: list[Row] = []
     for gamma in GAMMAS:
         own = base.replace(selection="mask", candidate_fraction=gamma)
@@ -164,6 +182,8 @@ def _sweep_gamma(args: argparse.Namespace, model, subsets: list[list[Case]], bas
 
 
 def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, list]:
+    from popmm.answers import held_out_questions
+    from popmm.evaluate import Case
 
     sets = [
         [Case(q.inputs, q.answer) for q in held_out_questions(processor, model.device, seed, args.pictures)]
@@ -173,7 +193,9 @@ def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, li
 
 
 def _evaluate_answers(args: argparse.Namespace, model, processor) -> None:
-    methods = args.methods.split(";") if args.methods else list(STATISTICS)
+    from popmm.answers import METHODS, answers_to_markdown, evaluate_answers
+
+    methods = listed(args.methods, METHODS) if args.methods else list(METHODS)
     base = config_from(args)
     if args.selection is None:  # gate reads all channels' gates, whatever ranked them
         base = base.replace(selection="mask")

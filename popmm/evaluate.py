@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor
 
 from popmm.attach import attach_with, detach
+from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
-from popmm.methods import METHODS, Method, check_known, fit, quantised_ffns, share_read
+from popmm.methods import METHODS, Method, Threshold, check_known, fit, quantised_ffns, share_read
+from popmm.terminal import progress
+from popmm.traffic import channels_computed
 
 MEASURES = ("perplexity", "kl", "top1", "prefix", "exact")
 
@@ -55,6 +57,7 @@ class Row:
     subsets: int
     pruning_ratio: float | None = None  # what was asked for: one of these two
     bytes_wanted: float | None = None
+    channels_skipped: float | None = None  # share of a token's FFN channels that are not computed
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,14 @@ def decode_logits(model, inputs: dict[str, Tensor], tokens: Tensor, around) -> T
     if len(tokens) < 2:
         return first
     with around():
-        rest = model(tokens[None, :-1], past_key_values=prompt.past_key_values).logits[0].float()
+        rest = model(tokens[None, :-1], **cache_argument(model, cache_of(prompt))).logits[0].float()
     return torch.cat([first, rest])
+
+
+def tracked(items: list, what: str) -> Iterator:
+    """The items, with a bar of how far the work on them has come."""
+    with progress() as bars:
+        yield from bars.track(items, description=what)
 
 
 @torch.no_grad()
@@ -88,7 +97,7 @@ def with_greedy(model, cases: list[Case], n_tokens: int) -> list[Case]:
     """The cases, with the dense model's greedy continuation of each."""
     how = dict(do_sample=False, max_new_tokens=n_tokens, num_beams=1)
     found = []
-    for case in cases:
+    for case in tracked(cases, "the dense model's own texts"):
         inputs = {"attention_mask": torch.ones_like(case.inputs["input_ids"]), **case.inputs}
         new = model.generate(**inputs, **how)[0, case.inputs["input_ids"].shape[1] :]
         found.append(replace(case, greedy=new))
@@ -109,9 +118,14 @@ def evaluate(
     if not calibration and any(METHODS[w.method].calibrated for w in wanted):
         names = sorted({w.method for w in wanted if METHODS[w.method].calibrated})
         raise ValueError(f"{', '.join(names)}: these methods calibrate beforehand; give calibration texts")
-    dense = [[decode_logits(model, c.inputs, c.tokens, nullcontext) for c in cases] for cases in subsets]
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("evaluating", total=(1 + len(wanted)) * sum(map(len, subsets)))
+    with progress() as bars:
+        bar = bars.add_task("evaluating", total=(2 + len(wanted)) * sum(map(len, subsets)))
+        dense: list[list[Tensor]] = []
+        for cases in subsets:
+            dense.append([])
+            for case in cases:
+                dense[-1].append(decode_logits(model, case.inputs, case.tokens, nullcontext))
+                bars.advance(bar)
 
         def measured(around) -> list[dict[str, float]]:
             scores = []
@@ -119,24 +133,24 @@ def evaluate(
                 found = []
                 for case, own in zip(cases, reference):
                     found.append(_measure(model, case, own, around))
-                    progress.advance(bar)
+                    bars.advance(bar)
                 scores.append(_subset(found))
             return scores
 
-        rows = [_row("dense", 0.0, 1.0, measured(nullcontext), subsets)]
+        rows = [_row("dense", 0.0, 1.0, 0.0, measured(nullcontext), subsets)]
         for w in wanted:
             method = METHODS[w.method]
             if method.weight_bits is not None:
                 with quantised_ffns(model, method.weight_bits) as share:
-                    rows.append(_row(w.method, 0.0, share, measured(nullcontext), subsets))
+                    rows.append(_row(w.method, 0.0, share, 0.0, measured(nullcontext), subsets))
                 continue
             asked = base.replace(**_ratio(model, method, base, w))
             if asked.ffn_ratio is None and w.bytes_share is not None:
-                progress.advance(bar, sum(map(len, subsets)))
+                bars.advance(bar, sum(map(len, subsets)))
                 continue
             with _attached(model, method, asked, calibration) as state:
                 scores = measured(state.simulated_decode)
-                row = _row(w.method, state.ffn_ratio, share_read(state), scores, subsets)
+                row = _row(w.method, state.ffn_ratio, share_read(state), share_skipped(state), scores, subsets)
             row.pruning_ratio, row.bytes_wanted = w.pruning_ratio, w.bytes_share
             rows.append(row)
     return rows
@@ -187,11 +201,32 @@ def _subset(found: list[dict]) -> dict[str, float]:
     return mean
 
 
-def _row(method: str, ratio: float, share: float, scores: list[dict[str, float]], subsets: list[list[Case]]) -> Row:
+def share_skipped(state) -> float:
+    """Share of a token's FFN channels that were not computed; of thresholds, by what passed."""
+    skipped = state.channels_skipped()
+    total = sum(ffn.site.active_channels() for ffn in state._ffns)
+    total += sum(site.active_channels() for site in state._left_dense)
+    for ffn in state._ffns:
+        if isinstance(ffn.choose, Threshold) and ffn.choose.tokens:
+            by_rule = channels_computed(ffn.site, ffn.sizes, ffn.config)
+            passing = channels_computed(ffn.site, ffn.sizes, ffn.config, ffn.choose.passed / ffn.choose.tokens)
+            skipped += (by_rule - passing) / total
+    return skipped
+
+
+def _row(
+    method: str,
+    ratio: float,
+    share: float,
+    skipped: float,
+    scores: list[dict[str, float]],
+    subsets: list[list[Case]],
+) -> Row:
     values = {}
     for name in MEASURES:
         of_subsets = [score[name] for score in scores if name in score]
         values[name] = statistics.mean(of_subsets) if of_subsets else None
         values[f"{name}_spread"] = statistics.stdev(of_subsets) if len(of_subsets) > 1 else 0.0
     values["kl"] = max(values["kl"], 0.0)  # rounding
-    return Row(method, ratio, share, **values, texts=sum(map(len, subsets)), subsets=len(subsets))
+    of_all = dict(texts=sum(map(len, subsets)), subsets=len(subsets), channels_skipped=skipped)
+    return Row(method, ratio, share, **values, **of_all)

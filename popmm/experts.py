@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from popmm import ffn as arithmetic
-from popmm.adapters import UnsupportedModelError
 from popmm.adapters.dense import TOLERANCE
 from popmm.expert_linear import expert_linear
 from popmm.experts_interface import dense_experts, former_implementation
@@ -27,25 +26,20 @@ class PrunedExperts(PrunedSite):
         self.phase = phase
         self.dense_forward = dense_experts(self.site.module, phase)
         self._implementation = former_implementation(self.site.module)
-        self.read_prior()
+        self.reread()
         self._rows = self._probe()
 
-    def read_prior(self) -> None:
-        """A channel's score without a prompt: the product of the norms of the vectors it is made of."""
-        w = self.site.weights()
-        gate, up = (torch.linalg.vector_norm(rows, dim=-1).float() for rows in (w.gate, w.up))
-        self.prior = self.layout.by_channel(gate * up * self.layout.norms)
-        self.up_prior = self.layout.by_channel(up)
+    def reread(self) -> None:
+        self._prior, self._up_prior = self.prior(), self.up_prior()
 
-    def refresh(self) -> None:
-        before = self.layout.norms
-        super().refresh()
-        if self.layout.norms is not before:
-            self.read_prior()
+    def is_short(self, statistics: JointStatistics, tokens: int) -> bool:
+        """Whether no expert was given any token. Some is all that each is given, which ``importance`` allows for."""
+        return statistics.n_tokens == 0
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Experts of tokens x ``[n_tokens, d_model]`` routed to ``index`` with ``weight`` (``[n_tokens, k]``)."""
-        if not self.phase.decoding:
+        phase = self.phase
+        if not phase.decoding or not (torch.compiler.is_compiling() or phase.running):
             return self.prefill(x, index, weight)
         dense = self.sizes.is_dense
         y, passing = (self.dense_forward(x, index, weight), None) if dense else self.decode(x, index, weight)
@@ -78,7 +72,6 @@ class PrunedExperts(PrunedSite):
             if self.trace is not None:
                 self.record(index, None)
         elif self.phase.prompt is not None:
-            self.refresh()
             h, up = self._hidden_and_up(x, index, self.site.weights())
             self._measure(h, up, _natural(index.flatten()), index, weight)
 
@@ -87,7 +80,6 @@ class PrunedExperts(PrunedSite):
         prompt = self.phase.prompt
         if prompt is None:
             return self.dense_forward(x, index, weight)
-        self.refresh()
         pruning = self.config.prefill == "pruned" and not (self.sizes.is_dense or prompt.refreshes)
 
         def observe(h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
@@ -106,13 +98,13 @@ class PrunedExperts(PrunedSite):
         h = observe(*self._hidden_and_up(x, index, w), _natural(index.flatten()))
         return _down(h, w, index, weight, x) if pruning else self.dense_forward(x, index, weight)
 
-    def importance(self, statistics: ChannelStatistics) -> Tensor:
-        return blend_with_prior(statistics, self.prior.to(statistics.squares.device), self.config.prior_tokens)
+    def importance(self, statistics: ChannelStatistics, short: bool = False) -> Tensor:
+        return blend_with_prior(statistics, self._prior.to(statistics.squares.device), self.config.prior_tokens)
 
-    def up_rms(self, pooled: ChannelStatistics) -> Tensor:
+    def up_rms(self, pooled: ChannelStatistics, short: bool) -> Tensor:
         """As importance: an expert that read few tokens leans on the norms of its up rows."""
         squares = ChannelStatistics(pooled.up_squares, pooled.total, pooled.tokens)
-        return blend_with_prior(squares, self.up_prior.to(pooled.squares.device), self.config.prior_tokens)
+        return blend_with_prior(squares, self._up_prior.to(pooled.squares.device), self.config.prior_tokens)
 
     def _decode_gate(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         experts, combine = index.flatten(), self.site.combine
@@ -127,7 +119,7 @@ class PrunedExperts(PrunedSite):
 
     def release(self) -> None:
         super().release()
-        self.prior = self.up_prior = None
+        self._prior = self._up_prior = None
 
     def record(self, index: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""
@@ -141,7 +133,8 @@ class PrunedExperts(PrunedSite):
         full = torch.zeros(
             batch * n_tokens, self.site.n_experts, self.sizes.d_ff, dtype=torch.bool, device=index.device
         )
-        token = torch.arange(batch * n_tokens, device=index.device).repeat_interleave(index.shape[-1])
+        tokens = torch.arange(batch * n_tokens, dtype=torch.int64, device=index.device)
+        token = tokens.repeat_interleave(index.shape[-1])
         full[token, experts] = pairs
         self.trace.add(self.name, full.view(batch, n_tokens, *full.shape[1:]).transpose(0, 1))
 
@@ -153,7 +146,7 @@ class PrunedExperts(PrunedSite):
         h, up = h.detach(), up.detach() if self.wants_up else None
         experts, factor = index.detach().flatten()[rows], weight.detach().flatten()[rows]
         read = {}
-        for modality, tokens in prompt.groups.items():
+        for modality, tokens in prompt.groups_of(len(index)).items():
             own = factor != 0
             if tokens is not None:
                 own &= tokens.to(h.device)[rows // index.shape[-1]]
@@ -161,7 +154,7 @@ class PrunedExperts(PrunedSite):
             read[modality] = self.measured(
                 h[own], weight=weights, experts=experts[own], up=None if up is None else up[own]
             )
-        return self.add(prompt, JointStatistics(read))
+        return self.add(prompt, JointStatistics(read) if read else self.nothing())
 
     def _without_pruned(self, h: Tensor, experts: Tensor, statistics: JointStatistics) -> Tensor:
         pooled = self.pooled(statistics)
@@ -185,35 +178,27 @@ class PrunedExperts(PrunedSite):
 
     @torch.no_grad()
     def _probe(self) -> Callable[[Tensor], Tensor] | None:
-        """Verifies the adapter's description, and finds the row order of the running implementation's h.
+        """Finds the row order of the running implementation's h.
 
         Implementations that pass h through ``_apply_gate`` can be observed at no cost. Returns a function
         from flat expert numbers to the (token, choice) pair behind each row, or None if h must be
         computed a second time.
         """
-        w = self.site.weights()
-        generator = torch.Generator("cpu").manual_seed(0)
-        n_tokens = 4
-        x = torch.randn(n_tokens, w.d_model, generator=generator, device="cpu").to(w.gate.device, w.gate.dtype)
+        w, here = self.site.weights(), dict(dtype=torch.int64, device="cpu")
+        generator, n_tokens = torch.Generator("cpu").manual_seed(0), 4
+        x = torch.randn(n_tokens, w.d_model, generator=generator, dtype=torch.float32, device="cpu").to(w.gate)
         # falling expert numbers, so that no two row orders look alike
-        choice = torch.arange(n_tokens, device="cpu")[:, None] + torch.arange(self.site.top_k, device="cpu")
+        choice = torch.arange(n_tokens, **here)[:, None] + torch.arange(self.site.top_k, **here)
         index = (-1 - choice).remainder(self.site.n_experts).to(x.device)
-        weight = torch.rand(index.shape, generator=generator, device="cpu").to(x)
+        weight = torch.ones(index.shape, dtype=x.dtype, device=x.device)
         h = self._hidden(x, index, w)
-        ours = _down(h, w, index, weight, x)
         seen: list[Tensor] = []
 
         def keep(rows: Tensor, gate_up: Tensor) -> Tensor:
             seen.append(rows)
             return rows
 
-        theirs = self._implementation(_Observed(self.site.module, keep), x, index, weight)
-        if not _close(ours, theirs):
-            raise UnsupportedModelError(
-                f"{self.name}: {type(self.site.module).__name__} computes something other than "
-                "down(act(gate(x)) * up(x)) per expert: register an adapter for this form "
-                "(entry-point group 'popmm.adapters')"
-            )
+        self._implementation(_Observed(self.site.module, keep), x, index, weight)
         for order in (_natural, _by_expert):
             if len(seen) == 1 and seen[0].shape == h.shape and _close(seen[0], h[order(index.flatten())]):
                 return order
@@ -235,7 +220,7 @@ class _Observed:
 
 # row orders of h, as the (token, choice) pair behind each row, from flat expert numbers
 def _natural(experts: Tensor) -> Tensor:
-    return torch.arange(len(experts), device=experts.device)
+    return torch.arange(len(experts), dtype=torch.int64, device=experts.device)
 
 
 def _by_expert(experts: Tensor) -> Tensor:

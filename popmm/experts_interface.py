@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from popmm.adapters import UnsupportedModelError
+from popmm.compat import ALL_EXPERTS_FUNCTIONS, experts_implementation, set_back_experts
 from popmm.phase import Phase
 
 IMPLEMENTATION = "popmm"  # our name in transformers' experts interface
 ON_MODULE = "_popmm_experts"  # where an attached experts module finds its forward
 
 
-# configurations set to our implementation: [configuration, its former implementation, attached models]
-_switched: dict[int, list] = {}
+# configurations set to our implementation: (configuration, its former implementation, ids of attached decoders)
+_switched: dict[int, tuple] = {}
 
 
 def popmm_experts_forward(
@@ -34,25 +34,28 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, popmm_experts_forward)
 def switch_on(decoder: nn.Module) -> None:
     """Sets a model's experts to our implementation. Models may share one configuration."""
     config = decoder.config
-    entry = _switched.setdefault(id(config), [config, config._experts_implementation, 0])
-    entry[2] += 1
-    if config._experts_implementation != IMPLEMENTATION:
+    _, _, users = _switched.setdefault(id(config), (config, experts_implementation(config), set()))
+    users.add(id(decoder))
+    if experts_implementation(config) != IMPLEMENTATION:
         decoder.set_experts_implementation(IMPLEMENTATION)
 
 
 def switch_off(decoder: nn.Module) -> None:
-    """Undoes ``switch_on``: the last attached model of a configuration brings the former implementation back."""
-    config, former, attached = _switched[id(decoder.config)]
-    _switched[id(config)][2] = attached - 1
-    if attached == 1:
-        del _switched[id(config)]
-        if config._experts_implementation == IMPLEMENTATION:
-            config._experts_implementation_internal = former
+    """Undoes ``switch_on``, however far it came: the last attached model brings the former implementation back."""
+    config = decoder.config
+    if id(config) not in _switched:
+        return
+    _, former, users = _switched[id(config)]
+    users.discard(id(decoder))
+    if not users:
+        if experts_implementation(config) == IMPLEMENTATION:
+            set_back_experts(config, former)
+        _switched.pop(id(config), None)
 
 
 def check_switched(decoder: nn.Module) -> None:
     """Refuses to run after somebody else has set the experts implementation of an attached model."""
-    name = decoder.config._experts_implementation
+    name = experts_implementation(decoder.config)
     if name != IMPLEMENTATION:
         raise RuntimeError(
             f"the experts implementation was set to {name!r} while the model was attached: call popmm.detach(model) "
@@ -69,7 +72,7 @@ def former_implementation(module: nn.Module, decoding: bool = False) -> Callable
     if original is None:
         raise UnsupportedModelError(f"{type(module).__name__} does not use transformers' experts interface")
     entry = _switched.get(id(module.config))
-    name = entry[1] if entry else module.config._experts_implementation
+    name = entry[1] if entry else experts_implementation(module.config)
     if name == IMPLEMENTATION:  # a copy of an attached model's configuration
         name = "grouped_mm"
     if decoding and name == "grouped_mm" and module.down_proj.device.type != "cpu":

@@ -115,6 +115,11 @@ def identity(w: Tensor) -> tuple:
     return w.device, w.dtype, w.data_ptr(), None if w.is_inference() else w._version
 
 
+def identities(weights: FFNWeights) -> tuple:
+    """``identity`` of all weights and biases."""
+    return tuple(None if w is None else identity(w) for w in weights)
+
+
 def gather(source: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
     """``out = source`` taken at ``index`` along ``dim``; expert stacks have an index row per expert."""
     source = source.detach()

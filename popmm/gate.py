@@ -19,7 +19,8 @@ from popmm import kernels
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
 from popmm.expert_linear import expert_linear
-from popmm.ffn import Combine, FFNWeights, down_norm, gather, identity
+from popmm.ffn import Combine, FFNWeights, down_norm, gather, identities
+from popmm.fingerprint import fingerprint, same
 from popmm.kernels.twin import quantise
 from popmm.partition import FFNPartition
 
@@ -60,6 +61,8 @@ class GateLayout:
     channel in memory, its logical shape unchanged, until ``release``.
     """
 
+    reorders = False  # down's memory is turned once, at attach
+
     def __init__(self, sizes: RegionSizes, fill_mean: bool, bits: int, in_place: bool, site: str) -> None:
         self.site = site
         self.name = "permute" if in_place else "copy"
@@ -68,7 +71,8 @@ class GateLayout:
         self.norms: Tensor | None = None  # float32 [(E,) d_ff]
         self.gate: Tensor | tuple | None = None  # [(E,) U, d_model], or (codes, scales)
         self._buffers: list[Tensor] = []
-        self._turned: list[tuple[torch.nn.Parameter, tuple[int, ...]]] = []
+        self._turned: list[_Turned] = []
+        self.marks: list[Tensor] = []  # fingerprint of the weights
         self._source: tuple | None = None
 
     @property
@@ -77,9 +81,9 @@ class GateLayout:
 
     def allocate(self, source: FFNWeights) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.norms = down_norm(source.down)
+            self.norms, self.marks = down_norm(source.down), fingerprint(source)
             if self.sizes.is_dense:
-                self._source = _identity(source)
+                self._source = identities(source)
                 return
             d_model, u = source.d_model, self.sizes.read
             stack = source.gate.shape[:-2]
@@ -87,7 +91,7 @@ class GateLayout:
             self.up, own_up = as_rows(source.up)
             if not own_up:
                 self._buffers.append(self.up.rows)
-            if self.in_place and source.down.stride(-1) == 1:
+            if self.in_place and source.down.is_contiguous():
                 self._turn(source.down)
             self.down, own_down = as_rows(source.down.mT)
             if not own_down:
@@ -115,10 +119,13 @@ class GateLayout:
                 self.mean = self._new(source.gate.new_zeros(*stack, u))
                 self.down_bias = self._new(source.gate.new_zeros(*stack, d_model))
             fix_addresses(self)
-            self._source = _identity(source)
+            self._source = identities(source)
 
     def fits(self, source: FFNWeights) -> bool:
-        return self._source == _identity(source)
+        return self._source == identities(source) and same(self.marks, fingerprint(source))
+
+    def rewind(self) -> None:
+        """Nothing: channels stay where they are."""
 
     @property
     def reading_order(self) -> Tensor:
@@ -225,16 +232,15 @@ class GateLayout:
         return expert_linear(full, source.down, experts, self.down_bias), passing
 
     def release(self) -> None:
-        """Drops the buffers and stores down as it was."""
+        """Drops the buffers and stores down as it was. May be called again after whatever it raised."""
         with torch.inference_mode(False), torch.no_grad():
-            for parameter, strides in self._turned:
-                if parameter.stride() == strides:  # else it has been replaced
-                    parameter.data = parameter.data.contiguous()
+            for turned in reversed(self._turned):
+                turned.back()
         self._turned, self._buffers = [], []
         self.gate = self.up = self.down = self._source = None
 
     def bytes(self) -> int:
-        tensors = [*self._buffers, *([self.norms] if self.norms is not None else [])]
+        tensors = [*self._buffers, *([self.norms] if self.norms is not None else []), *self.marks]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def _new(self, t: Tensor) -> Tensor:
@@ -242,9 +248,42 @@ class GateLayout:
         return t
 
     def _turn(self, down: Tensor) -> None:
-        """Stores a down projection by channel; its shape and values stay."""
-        down.data = down.data.mT.contiguous().mT
-        self._turned.append((down, down.stride()))
+        """Stores a down projection by channel; its shape, its values and its memory stay."""
+        turned = _Turned(down)
+        self._turned.append(turned)
+        turned.forth()
+
+
+class _Turned:
+    """A parameter ``[(E,) d_model, d_ff]`` stored by channel in its own memory, so that whatever shares it still does.
+
+    ``values`` holds its contents while the memory is being written: interrupted anywhere, ``back`` restores them.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.plain = parameter.data  # as it was stored, on the same memory
+        self.values: Tensor | None = None
+
+    def forth(self) -> None:
+        self.values = self.plain.clone()
+        by_channel = self.plain.view(*self.plain.shape[:-2], *self.plain.shape[:-3:-1])
+        by_channel.copy_(self.values.mT)
+        self.parameter.data = by_channel.mT
+        self.values = None
+
+    def back(self) -> None:
+        now = self.parameter.data
+        if self.values is None:
+            if now.is_contiguous():
+                return  # replaced, or back already
+            if now.data_ptr() != self.plain.data_ptr() or now.dtype != self.plain.dtype:  # moved
+                self.parameter.data = now.contiguous()
+                return
+            self.values = now.contiguous()
+        self.parameter.data = self.plain
+        self.plain.copy_(self.values)
+        self.values = None
 
 
 def gate_row_bytes(source: FFNWeights, bits: int) -> float:
@@ -257,7 +296,3 @@ def gate_row_bytes(source: FFNWeights, bits: int) -> float:
 
 def _pick(values: Tensor, index: Tensor, experts: Tensor | None) -> Tensor:
     return values[index] if experts is None else values[experts].gather(1, index)
-
-
-def _identity(source: FFNWeights) -> tuple:
-    return tuple(identity(w) for w in (source.gate, source.up, source.down))

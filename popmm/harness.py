@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from popmm.attach import attach, detach
+from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
 from popmm.loading import load_model
 
@@ -141,6 +142,6 @@ class PopLM(HFLM):
                 input_ids=ids[:, prompt:],
                 attention_mask=mask,
                 position_ids=where[:, prompt:],
-                past_key_values=first.past_key_values,
+                **cache_argument(self.model, cache_of(first)),
             )
         return torch.cat([first.logits, rest.logits], dim=1)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
-from popmm.ffn import FFNWeights, down_norm, gather, identity
+from popmm.ffn import FFNWeights, down_norm, gather, identities
+from popmm.fingerprint import fingerprint, same
 from popmm.gate import GateLayout
 from popmm.partition import FFNPartition
 from popmm.permute import PermuteLayout
@@ -30,6 +31,7 @@ class CopyLayout:
     """
 
     name = "copy"
+    reorders = False  # the model's own weights are only read
 
     def __init__(self, sizes: RegionSizes, fill_mean: bool) -> None:
         self.sizes = sizes
@@ -39,6 +41,7 @@ class CopyLayout:
         self.down_norm: Tensor | None = None  # float32 [(E,) |R| + |C|]
         self.mean: Tensor | None = None  # [(E,) |R| + |C|], with fill="mean"
         self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels
+        self.marks: list[Tensor] = []  # fingerprint of the weights
         self._order: Tensor | None = None
         self._source: tuple | None = None
 
@@ -56,9 +59,9 @@ class CopyLayout:
             return None if b is None else b.new_zeros(*b.shape[:-1], n_rows)
 
         # inference tensors could not be rewritten outside inference mode
-        self._source = identity(source.down)
+        self._source = identities(source)
         with torch.inference_mode(False), torch.no_grad():
-            self.norms = down_norm(source.down)
+            self.norms, self.marks = down_norm(source.down), fingerprint(source)
             if self.sizes.is_dense:  # decode is the model's own forward
                 return
             down_bias = source.down_bias
@@ -84,7 +87,10 @@ class CopyLayout:
 
     def fits(self, source: FFNWeights) -> bool:
         """Whether norms and buffers still belong to these weights: the model may have moved or been reloaded."""
-        return self._source == identity(source.down)
+        return self._source == identities(source) and same(self.marks, fingerprint(source))
+
+    def rewind(self) -> None:
+        """Nothing: the model's own weights stay where they are."""
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor | None) -> None:
         """Gathers the partition's channels into the buffers, in place.
@@ -131,7 +137,7 @@ class CopyLayout:
 
     def bytes(self) -> int:
         """Memory that the buffers take."""
-        tensors = [*(self.padded or ()), self.down_norm, self.mean, self.norms]
+        tensors = [*(self.padded or ()), self.down_norm, self.mean, self.norms, *self.marks]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

@@ -31,6 +31,11 @@ class JointStatistics:
         return {name: statistics.tokens for name, statistics in self.by_modality.items()}
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens read, over all modalities and experts."""
+        return sum(int(tokens.sum()) for tokens in self.tokens.values())
+
+    @property
     def has_tokens(self) -> bool:
         return any(bool((tokens > 0).any()) for tokens in self.tokens.values())
 

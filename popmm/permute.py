@@ -7,17 +7,16 @@ one order or another, never half way, and ``release`` gives back the exact bytes
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from popmm.act import uninterrupted
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
 from popmm.ffn import FFNWeights, down_norm
+from popmm.fingerprint import fingerprint, lies_in_order, same
 from popmm.partition import FFNPartition
 
 
@@ -58,6 +57,7 @@ class PermuteLayout:
     """Retained and candidate channels first, in the model's own weights."""
 
     name = "permute"
+    reorders = True  # writes the model's own weights at each prompt
 
     def __init__(self, sizes: RegionSizes, fill_mean: bool, module: nn.Module, views: Callable[[], FFNWeights]) -> None:
         self.sizes = sizes
@@ -68,7 +68,7 @@ class PermuteLayout:
         self.norms: Tensor | None = None  # float32 [(E,) d_ff], of all channels as they lie
         self.order: Tensor | None = None  # int64 [(E,) d_ff], on the CPU: the channel at each position
         self._module, self._views = module, views
-        self._marks: list[Tensor] = []  # norms of gate rows and up rows as they lie
+        self.marks: list[Tensor] = []  # fingerprint of the weights as they lie
         self._contents: list | None = None
         self._place: tuple | None = None
 
@@ -77,9 +77,10 @@ class PermuteLayout:
         with torch.inference_mode(False), torch.no_grad():
             self._settle(source)
             if self.order is None:
-                self.order = torch.arange(source.d_ff, device="cpu").expand(source.gate.shape[:-1]).clone()
+                here = torch.arange(source.d_ff, dtype=torch.int64, device="cpu")
+                self.order = here.expand(source.gate.shape[:-1]).clone()
             self.norms = down_norm(source.down)
-            self._marks = _row_norms(source)
+            self.marks = fingerprint(source)
             if not self.sizes.is_dense:
                 self._slice(source)
                 fix_addresses(self)
@@ -87,7 +88,7 @@ class PermuteLayout:
 
     def fits(self, source: FFNWeights) -> bool:
         """Whether norms and order still belong to these weights: the model may have moved or been reloaded."""
-        return self._are_ours() and self._place == _place(source)
+        return self._are_ours(source) and self._place == _place(source)
 
     @property
     def reading_order(self) -> Tensor:
@@ -145,7 +146,7 @@ class PermuteLayout:
 
     def bytes(self) -> int:
         """Memory held beside the model's own weights."""
-        own = [self.norms, self.down_norm, self.mean, self.order]
+        own = [self.norms, self.down_norm, self.mean, self.order, *self.marks]
         if self.fill_mean and self.weights is not None:
             own.append(self.weights.down_bias)
         return sum(t.numel() * t.element_size() for t in own if t is not None)
@@ -155,7 +156,7 @@ class PermuteLayout:
         if not len(here):
             return
         rows = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias, self.norms, self.order]
-        rows = [t.detach() for t in [*rows, *self._marks] if t is not None]
+        rows = [t.detach() for t in [*rows, *self.marks] if t is not None]
         self._move_rows(rows, expert, here, there)
         self._remember(source)
 
@@ -165,21 +166,18 @@ class PermuteLayout:
         def at(t: Tensor, place: Tensor) -> tuple[Tensor, ...]:
             return (expert.to(t.device), place.to(t.device)) if stacked else (place.to(t.device),)
 
-        done: list[Tensor] = []
-        started = kept = None
-        with _uninterrupted():
+        current: tuple[int, Tensor] | None = None  # the tensor being written, and what it held where rows leave
+        with uninterrupted():
             try:
-                for t in rows:
-                    kept = t[at(t, here)]
-                    started = t
-                    t[at(t, there)] = kept
-                    done.append(t)
-                    started = None
+                for place, t in enumerate(rows):
+                    current = place, t[at(t, here)]
+                    t[at(t, there)] = current[1]
             except BaseException:
-                if started is not None:
-                    started[at(started, here)] = kept
-                for t in done:  # whole, so moving back undoes it
-                    t[at(t, here)] = t[at(t, there)]
+                if current is not None:
+                    place, kept = current
+                    rows[place][at(rows[place], here)] = kept  # positions that are left are those that are filled
+                    for t in rows[:place]:
+                        t[at(t, here)] = t[at(t, there)]
                 raise
 
     def _slice(self, source: FFNWeights) -> None:
@@ -213,32 +211,31 @@ class PermuteLayout:
     def _way_home(self) -> tuple[Tensor, Tensor, Tensor]:
         """Moves that put every channel back where it was."""
         order = _stacked(self.order)
-        expert, place = (order != torch.arange(order.shape[-1])).nonzero().unbind(1)
+        here = torch.arange(order.shape[-1], dtype=torch.int64, device="cpu")
+        expert, place = (order != here).nonzero().unbind(1)
         return expert, place, order[expert, place]
 
     def _settle(self, source: FFNWeights) -> None:
         """Finds out what lies in weights that somebody has written since.
 
-        What still has the norms that we left, channel by channel, is in our order (a move to another device or dtype,
-        a write that changed nothing or little). What has not was loaded, in the model's own order: then the
-        rest follows it there.
+        What is still in our order, channel by channel, stays (a move to another device or dtype, a write that changed
+        nothing or little). What is not was loaded, in the model's own order: then the rest follows it there.
         """
-        if self._contents is None or self.order is None or self._are_ours():
+        if self._contents is None or self.order is None or self._are_ours(source):
             return
-        found = [*_row_norms(source), down_norm(source.down)]
-        ours = [_resembles(mark, now) for mark, now in zip([*self._marks, self.norms], found)]
+        weights = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias]
+        weights = [w for w in weights if w is not None]
+        ours = [lies_in_order(mark, now, self.order) for mark, now in zip(self.marks, fingerprint(source), strict=True)]
         if not all(ours):
-            biases = [source.gate_bias, source.up_bias]
-            weights = [source.gate, source.up, source.down.mT]
-            stay = [t for t, is_ours in zip(weights, ours) if is_ours]
-            stay += [b for b, is_ours in zip(biases, ours) if is_ours and b is not None]
-            self._move_rows([t.detach() for t in stay], *self._way_home())
+            stay = [w.detach() for w, is_ours in zip(weights, ours) if is_ours]
+            self._move_rows(stay, *self._way_home())
             self.order = None
         self._remember(source)
 
-    def _are_ours(self) -> bool:
-        """Whether nobody has written the weights since we did."""
-        return self._contents is not None and self._contents == _contents(self._module)
+    def _are_ours(self, source: FFNWeights) -> bool:
+        """Whether nobody has written the weights since we did, through whatever tensor."""
+        untouched = self._contents is not None and self._contents == _contents(self._module)
+        return untouched and same(self.marks, fingerprint(source))
 
     def _remember(self, source: FFNWeights) -> None:
         self._contents, self._place = _contents(self._module), _place(source)
@@ -252,33 +249,5 @@ def _place(source: FFNWeights) -> tuple:
     return source.down.device, source.down.dtype, source.down.data_ptr()
 
 
-def _row_norms(source: FFNWeights) -> list[Tensor]:
-    return [torch.linalg.vector_norm(w.detach().float(), dim=-1) for w in (source.gate, source.up)]
-
-
-def _resembles(before: Tensor, now: Tensor) -> bool:
-    """Whether norms are those of before but for rounding and a common factor."""
-    before, now = before.to(now.device).double(), now.double()
-    a, b = before - before.mean(), now - now.mean()
-    return bool(torch.allclose(before, now, rtol=1e-2) or (a * b).sum() > 0.99 * a.norm() * b.norm())
-
-
 def _stacked(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.unsqueeze(0)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the end."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is None:
-        yield  # interrupts come to the main thread alone
-        return
-    held = []
-    before = signal.signal(signal.SIGINT, lambda *args: held.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held:
-            signal.raise_signal(signal.SIGINT)

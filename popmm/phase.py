@@ -2,132 +2,39 @@
 
 A pass is prefill when it starts a sequence (empty cache) or brings several tokens, and decode when it
 brings one token per sequence to a partitioned model. A prefill pass on a cache that already holds tokens
-(chat turns, chunked prefill, assisted verification) adds to the statistics of that cache.
+(chat turns, chunked prefill, assisted verification) adds to the statistics of that cache. One token on a cache whose
+prompt popmm has not read is neither: it runs dense.
 """
 
 from __future__ import annotations
 
-import inspect
-import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from popmm.modality import JointStatistics, token_groups
+from popmm.calls import input_shape, without_backward
+from popmm.compat import Cache, cache_of, find_cache
+from popmm.exclusive import Exclusive
 from popmm.padding import counted_tokens, first_copies
-from popmm.permute import PermuteLayout
+from popmm.passes import GenerateWatch, Passes, warn_dense
+from popmm.prompt import PromptPass
+from popmm.sequence import Sequence, Sequences, has_past, past_tokens, remember_length
 
 if TYPE_CHECKING:
     from popmm.site import PrunedSite
 
-_ON_CACHE = "_popmm_sequence"
-KEPT_PASSES = 8  # prompt passes of a sequence that can be taken back when its cache is cropped
-
-
-@dataclass
-class Sequence:
-    """What popmm knows of the batch of sequences in one key-value cache.
-
-    Kept on the cache itself, so that it lives, and is copied, with it (a deep copy of a cached prompt
-    prefix is a common way to serve many questions about one text).
-    """
-
-    owner: object  # token of the partition state it belongs to
-    statistics: dict[str, JointStatistics] = field(default_factory=dict)  # by FFN name
-    version: int | None = None  # of the cache's length tensor, after the last pass
-    earlier: list[tuple[int, dict[str, JointStatistics]]] = field(default_factory=list)  # (start of pass, before it)
-    steps: int = 0  # decoded since the statistics grew
-    refreshing: bool = False  # the last of ``earlier`` was a refresh
-
-    def __deepcopy__(self, memo: dict) -> Sequence:
-        return Sequence(self.owner, dict(self.statistics), None, list(self.earlier), self.steps, self.refreshing)
-
-    def crop(self, past: int) -> None:
-        """Forgets the passes that a cache cropped to ``past`` tokens no longer holds any token of."""
-        while self.earlier and self.earlier[-1][0] >= past:
-            self.statistics = self.earlier.pop()[1]
-            self.steps, self.refreshing = 0, False
-
-    def add(self, past: int, statistics: dict[str, JointStatistics], refreshes: bool = False) -> None:
-        """Keeps a pass that began after ``past`` tokens. Refreshes in a row count as one that began with the first."""
-        if not (refreshes and self.refreshing):
-            self.earlier = [*self.earlier, (past, self.statistics)][-KEPT_PASSES:]
-        self.statistics = {**self.statistics, **statistics}
-        self.steps, self.refreshing = 0, refreshes
-
-    @property
-    def has_tokens(self) -> bool:
-        return any(s.has_tokens for s in self.statistics.values())
-
-
-class Arguments:
-    """Reads a decoder's call, whatever way its arguments were given."""
-
-    def __init__(self, forward: Callable) -> None:
-        self._signature = inspect.signature(forward)
-
-    def __call__(self, args: tuple, kwargs: dict) -> dict[str, Any]:
-        if not args:
-            return kwargs
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        return {**bound, **bound.pop("kwargs", {})}
-
-
-def input_shape(arguments: dict[str, Any]) -> tuple[int, int]:
-    """(batch, tokens per sequence) of a decoder's call."""
-    for name in ("input_ids", "inputs_embeds"):
-        value = arguments.get(name)
-        if value is not None:
-            return value.shape[0], value.shape[1]
-    raise ValueError("the language model was called with neither input_ids nor inputs_embeds")
-
-
-def has_past(cache, known: Sequence | None) -> bool:
-    """Whether the cache holds tokens before a one-token pass.
-
-    A static cache keeps its length on the device, and reading it would make a decode step wait. So it is
-    read only if someone other than our last pass has touched it, which its version counter tells.
-    """
-    length = 0 if cache is None else cache.get_seq_length()
-    if not isinstance(length, Tensor) or length.device.type == "cpu":
-        return int(length) > 0
-    if known is not None and known.version is not None and _version(length) == known.version:
-        return True
-    return int(length) > 0
-
-
-def remember_length(cache, sequence: Sequence) -> None:
-    """Notes the state of the cache's length after a pass, see ``has_past``."""
-    length = 0 if cache is None else cache.get_seq_length()
-    sequence.version = _version(length) if isinstance(length, Tensor) else None
-
-
-def _cache_of(output) -> Cache | None:
-    """The cache that a decoder made by itself, in its output of either form."""
-    if isinstance(output, tuple):
-        return next((value for value in output if isinstance(value, Cache)), None)
-    return getattr(output, "past_key_values", None)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-@dataclass
-class PromptPass:
-    """A prefill pass in progress. Nothing of it is kept unless it ends well."""
-
-    sequence: Sequence
-    shape: tuple[int, int]  # batch, tokens per sequence
-    past: int  # tokens in the cache before it
-    groups: dict[str, Tensor | None]  # bool [batch * n_tokens] by modality, None = every token
-    refreshes: bool = False  # a decode step that is dense, for its statistics
-    statistics: dict[str, JointStatistics] = field(default_factory=dict)
+UNKNOWN_CACHE = (
+    "popmm has not read the prompt in this cache (attached or reset in the middle of a text, or a cache built from "
+    "tensors): the next pass of several tokens is read as a prompt"
+)
+READ_AS_PROMPT = (
+    "the pass after the prompt was read as another prompt: it brought several tokens (assisted generation, prompt "
+    "lookup) or no key-value cache (use_cache=False)"
+)
 
 
 class Phase:
@@ -136,27 +43,39 @@ class Phase:
     def __init__(self, ffns: list[PrunedSite], refresh_every: int = 0) -> None:
         self.refresh_every = refresh_every
         self.decoding = False  # read by every FFN; between passes it says what a compiled step will be
+        self.exclusive = Exclusive()
+        self.released = False  # detached: what is left of our wrappers is transparent
         self.prompt: PromptPass | None = None
         self.shape = (0, 0)
         self.in_prompt = False
         self.fillers: set[int] = set()  # tokens that generate feeds to rows that have ended
         self.copies = 1  # of each prompt in the batch, one after the other: beams, several sequences
         self.simulating = False
+        self.passes = Passes()
+        self.watch: GenerateWatch | None = None  # of the generate call in progress
         self._read_modalities: Callable[[], dict[str, Tensor]] | None = None
         self._ffns = ffns
-        self._owner = object()
+        self.sequences = Sequences(self._identity)
         self._active: Sequence | None = None
-        self._lock = threading.RLock()
+        self._warned_of_hooks = False
+
+    @property
+    def running(self) -> bool:
+        """Whether a pass is in progress: FFNs that are called by themselves are dense."""
+        return self.exclusive.in_pass
 
     @property
     def ready(self) -> bool:
         """Whether the FFNs are partitioned."""
         return self._active is not None
 
+    def _identity(self) -> dict[str, Tensor]:
+        return {ffn.name: ffn.identity for ffn in self._ffns}
+
     def reset(self) -> None:
-        """Forgets the partition and all statistics; the next pass is a prompt."""
+        """Forgets the partition and all statistics; the next pass of several tokens is a prompt."""
         with self.exclusive("reset"):
-            self._owner = object()
+            self.sequences = Sequences(self._identity)
             self._active, self.decoding = None, False
             for ffn in self._ffns:
                 ffn.partition = None
@@ -173,30 +92,17 @@ class Phase:
 
     def release(self) -> None:
         """Frees what decode needed; partitions stay readable."""
+        self.released = True
         for ffn in self._ffns:
             ffn.release()
 
-    @contextmanager
-    def exclusive(self, action: str) -> Iterator[None]:
-        """Refuses a second thread: one model has one partition."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                f"{action}: another thread is running this model, which holds one partition at a time. Run its "
-                "calls one after another, batch the prompts into one call, or attach a second copy of the model"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def run(self, forward: Callable, args: tuple, kwargs: dict, arguments: dict[str, Any]):
         """Runs one pass of the decoder in the phase that it is."""
-        with self.exclusive("forward"):
-            cache = arguments.get("past_key_values")
-            shape = input_shape(arguments)
+        with self.exclusive("forward"), self.exclusive.one_pass():
+            cache, shape = find_cache(arguments), input_shape(arguments)
             if 0 in shape:
                 raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
-            known = self._sequence_of(cache)
+            known = self.sequences.on(cache)
             if self.simulating:
                 if known is not None and 0 < self.refresh_every < known.steps + shape[1]:
                     raise RuntimeError(
@@ -204,32 +110,69 @@ class Phase:
                         f"makes dense: split it there, after {self.refresh_every - known.steps} tokens"
                     )
                 return self._decode(forward, args, kwargs, shape, cache)
-            steps = shape[1] == 1 and not self.in_prompt and has_past(cache, known) and self._can_decode(known)
-            refreshes = steps and known is not None and self._is_due(known)
-            if steps and not refreshes:
-                return self._decode(forward, args, kwargs, shape, cache)
-            past = 0 if cache is None else int(cache.get_seq_length())
-            counted = counted_tokens(arguments.get("attention_mask"), shape, past)
-            if counted is not None and past == 0 and not self.in_prompt and not counted.any():
-                raise ValueError("the prompt is empty: attention_mask leaves no token of it")
-            sequence = known if past and known is not None else Sequence(self._owner)
-            sequence.crop(past)
-            if refreshes:
-                counted = self._unfinished(arguments.get("input_ids"), counted)
-            if self.copies > 1 and shape[0] % self.copies == 0:
-                counted = first_copies(counted, shape, self.copies)
-            groups = token_groups(counted, self._modalities(shape))
-            prompt = PromptPass(sequence, shape, past, groups, refreshes)
-            return self._prefill(forward, args, kwargs, prompt, cache)
+            if torch.is_grad_enabled() and any(ffn.layout.reorders for ffn in self._ffns):
+                forward = without_backward(forward)
+            if shape[1] > 1 or not has_past(cache, known) or (self._begins() and known is not None):
+                return self._prefill(forward, args, kwargs, self._prompt_pass(arguments, shape, cache, known), cache)
+            reason = self._why_dense(known)
+            if reason:
+                return self._dense(forward, args, kwargs, shape, cache, reason)
+            if self._is_due(known):
+                prompt = self._prompt_pass(arguments, shape, cache, known, refreshes=True)
+                return self._prefill(forward, args, kwargs, prompt, cache)
+            return self._decode(forward, args, kwargs, shape, cache)
+
+    def _begins(self) -> bool:
+        """Whether this pass belongs to the prompt of a ``generate`` call, however few tokens a kept cache leaves it."""
+        return self.in_prompt or (self.watch is not None and not self.watch.begun)
+
+    def _prompt_pass(
+        self,
+        arguments: dict[str, Any],
+        shape: tuple[int, int],
+        cache: Cache | None,
+        known: Sequence | None,
+        refreshes=False,
+    ) -> PromptPass:
+        past = past_tokens(cache, known)
+        counted = counted_tokens(arguments.get("attention_mask"), shape, past)
+        if counted is not None and past == 0 and not self.in_prompt and not counted.any():
+            raise ValueError("the prompt is empty: attention_mask leaves no token of it")
+        sequence = known if past and known is not None else self.sequences.new()
+        sequence.crop(past)
+        if refreshes:
+            counted = self._unfinished(arguments.get("input_ids"), counted)
+        if self.copies > 1 and shape[0] % self.copies == 0:
+            counted = first_copies(counted, shape, self.copies)
+        self._check_weights()
+        return PromptPass(sequence, shape, past, counted, self._modalities(shape), refreshes)
 
     @contextmanager
     def reading_prompt(self) -> Iterator[None]:
         """Inside, passes of one token belong to a prompt (the last chunk of a chunked prefill)."""
-        self.in_prompt = True
+        before, self.in_prompt = self.in_prompt, True
         try:
             yield
         finally:
-            self.in_prompt = False
+            self.in_prompt = before
+
+    @contextmanager
+    def generating(self, copies: int, fillers: set[int], begins: bool = True) -> Iterator[None]:
+        """One ``generate`` call.
+
+        Args:
+            copies: of each prompt in its batch.
+            fillers: tokens that it feeds to rows that have ended.
+            begins: whether its first pass is a prompt: not if it goes on with a draft.
+        """
+        before = self.copies, self.fillers, self.watch
+        watch = GenerateWatch(begun=not begins)
+        try:
+            self.copies, self.fillers, self.watch = copies, fillers, watch
+            yield
+            watch.end(self.passes)
+        finally:
+            self.copies, self.fillers, self.watch = before
 
     def run_around(self, forward: Callable, args: tuple, kwargs: dict, read: Callable[[], dict[str, Tensor]]):
         """Runs the module around the decoder; ``read`` tells its image tokens, if the pass is a prompt."""
@@ -270,8 +213,7 @@ class Phase:
         """Undoes what the current partition did to the weights; returns what makes it anew."""
         sequence, self._active, self.decoding = self._active, None, False
         for ffn in self._ffns:
-            if isinstance(ffn.layout, PermuteLayout):
-                ffn.layout.rewind()
+            ffn.layout.rewind()
         return lambda: None if sequence is None else self._activate(sequence)
 
     def repartition(self) -> None:
@@ -286,11 +228,27 @@ class Phase:
         self._active.steps += 1
         return False
 
+    def seen(self, kind: str, reason: str = "") -> None:
+        """Counts a pass, and has the ``generate`` call in progress judge it."""
+        self.passes.count(kind, reason)
+        watch = self.watch
+        if watch is not None:
+            in_prompt = self.in_prompt or not watch.begun
+            watch.begun = True
+            if not in_prompt:
+                watch.after_prompt(kind, reason or READ_AS_PROMPT, self.prunes)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned at all."""
+        return any(not ffn.sizes.is_dense for ffn in self._ffns)
+
     def _unfinished(self, ids: Tensor | None, counted: Tensor | None) -> Tensor | None:
         """Which rows of a batch count in a refresh: ``generate`` goes on feeding padding to those that have ended."""
         if ids is None or not self.fillers or len(ids) == 1:
             return counted
-        goes_on = ~torch.isin(ids, torch.tensor(sorted(self.fillers), device=ids.device))
+        fillers = torch.tensor(sorted(self.fillers), dtype=torch.int64, device=ids.device)
+        goes_on = ~torch.isin(ids, fillers)
         if not goes_on.any():
             return counted
         return goes_on if counted is None else counted.to(ids.device) & goes_on
@@ -299,26 +257,48 @@ class Phase:
         """Whether the next decode step is the dense one that refreshes the statistics."""
         return self.refresh_every > 0 and sequence.steps >= self.refresh_every
 
-    def _sequence_of(self, cache) -> Sequence | None:
-        sequence = getattr(cache, _ON_CACHE, None)
-        return sequence if sequence is not None and sequence.owner is self._owner else None
-
-    def _can_decode(self, known: Sequence | None) -> bool:
-        """Makes the partition of a known sequence the active one; an unknown cache decodes with what is there."""
-        if known is None or known is self._active:
-            return self.ready
-        if len(known.statistics) < len(self._ffns) or not known.has_tokens:
-            return False
+    def _why_dense(self, known: Sequence | None) -> str:
+        """Makes the partition of a known sequence the active one; or says why this decode step cannot be pruned."""
+        if known is None:
+            return UNKNOWN_CACHE
+        if known is self._active:
+            return ""
+        if not known.has_tokens:
+            return "no token of this cache's prompt counted, so there is nothing to rank channels by"
+        self._check_weights()
         self._activate(known)
-        return True
+        return ""
+
+    def _check_weights(self) -> None:
+        """Before statistics are taken or used: the FFNs must be those that were attached."""
+        hooked = [ffn.name for ffn in self._ffns if ffn.check()]
+        if hooked and not self._warned_of_hooks:
+            self._warned_of_hooks = True
+            warnings.warn(
+                f"popmm: hooks were added to layers of {hooked[0]} while attached: they see the prompt, and not the "
+                "pruned decode steps, which read weights past the layers' calls",
+                stacklevel=2,
+            )
 
     def _decode(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache):
         self.decoding, self.shape = True, shape
         output = forward(*args, **kwargs)
-        known = self._sequence_of(cache)
+        known = self.sequences.on(cache)
         if known is not None:
             known.steps += shape[1]
-            remember_length(cache, known)
+            remember_length(cache, known, shape[1])
+        self.seen("decode")
+        return output
+
+    def _dense(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache, reason: str):
+        if self.watch is None and self.prunes and self.sequences.is_new_stranger(cache):
+            warn_dense(reason)
+        before, self.decoding, self.shape = self.decoding, False, shape
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self.decoding = before
+        self.seen("dense", reason)
         return output
 
     def _prefill(self, forward: Callable, args: tuple, kwargs: dict, prompt: PromptPass, cache):
@@ -328,18 +308,23 @@ class Phase:
         finally:
             self.prompt = None
             self.decoding = self.ready
-        prompt.sequence.add(prompt.past, prompt.statistics, prompt.refreshes)
-        cache = cache if cache is not None else _cache_of(output)
+        sequence = prompt.sequence
+        sequence.add(prompt.past, prompt.tokens, prompt.statistics, prompt.refreshes)
+        cache = cache if cache is not None else cache_of(output)
         if cache is not None:
-            setattr(cache, _ON_CACHE, prompt.sequence)
-            remember_length(cache, prompt.sequence)
-        if len(prompt.sequence.statistics) == len(self._ffns) and prompt.sequence.has_tokens:
-            self._activate(prompt.sequence)
+            self.sequences.put(cache, sequence)
+            remember_length(cache, sequence, prompt.shape[1])
+        if sequence.has_tokens:
+            self._activate(sequence)
+        if prompt.refreshes:
+            self.seen("dense", f"refreshes the partition (refresh_every={self.refresh_every})")
+        else:
+            self.seen("prompt")
         return output
 
     def _activate(self, sequence: Sequence) -> None:
         # interrupted half way, the model is left without a partition, which is dense
         self._active, self.decoding = None, False
         for ffn in self._ffns:
-            ffn.apply(sequence.statistics[ffn.name])
+            ffn.apply(sequence.statistics.get(ffn.name), sequence.tokens)
         self._active, self.decoding = sequence, True

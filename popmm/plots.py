@@ -1,4 +1,4 @@
-"""Pictures of a model's partition."""
+"""Pictures of a model's partition: one figure each, however many layers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from popmm.channels import (
+    MODALITY_GROUPS,
+    MODALITY_PAIRS,
+    compared_channels,
+    expert_grids,
+    falling,
+    grid,
+    in_reading_order,
+    is_of_experts,
+    modality_overlaps,
+    modality_rates,
+    routed_rates,
+    stacked,
+    usage,
+)
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from popmm.partition import FFNPartition
     from popmm.trace import Trace
 
-RETAINED, PRUNED = "#1f4e79", "#e4e4e4"
+RETAINED, CANDIDATE, PRUNED, UNKNOWN = "#1f4e79", "#e07b39", "#e4e4e4", "#b9a7a7"
+DPI = 130
+LABELLED = 40  # rows of a heat map, at most, that are all named
+WRITTEN = 8  # columns of a heat map, at most, whose values are written into it
 
 
 def pyplot():
@@ -27,125 +50,214 @@ def pyplot():
     return plt
 
 
-def pass_rates(layers: Mapping[str, FFNPartition], trace: Trace) -> dict[str, torch.Tensor]:
-    """How often each channel passed, float32 ``[d_ff]`` in order of falling importance, by FFN name."""
-    rates = {}
-    for name, partition in layers.items():
-        if partition.tokens.ndim:
-            continue
-        order = torch.cat([partition.retained, partition.candidate, partition.pruned]).cpu()
-        passed = trace[name].float().flatten(0, 1)
-        rates[name] = (passed.mean(0) if len(passed) else torch.zeros(partition.d_ff))[order]
-    return rates
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure and closes it."""
+    figure.savefig(file, dpi=DPI)
+    pyplot().close(figure)
 
 
-def regions_figure(layers: Mapping[str, FFNPartition], trace: Trace, file: Path) -> None:
-    """Writes a PNG: per layer the three regions, and how often each candidate passed."""
+def _height(rows: int) -> float:
+    """Inches of a figure of so many rows: at most 1,560 pixels."""
+    return min(2.6 + 0.3 * rows, 12.0)
+
+
+def short(name: str) -> str:
+    return name.split("layers.")[-1]
+
+
+def _heat(axis: Axes, values: np.ndarray, rows: list[str], most: float = 1.0, colours="viridis", bad=UNKNOWN):
+    """Rows of numbers as colours, named at the left; unknown ones in a grey of their own."""
     plt = pyplot()
+    cmap = plt.get_cmap(colours).with_extremes(bad=bad)
+    picture = axis.imshow(
+        np.ma.masked_invalid(values), cmap=cmap, vmin=0, vmax=most, aspect="auto", interpolation="nearest"
+    )
+    shown = range(0, len(rows), -(-len(rows) // LABELLED))
+    axis.set_yticks(list(shown), [rows[i] for i in shown], fontsize=8)
+    return picture
+
+
+def _write(axis: Axes, values: np.ndarray, most: float = 1.0) -> None:
+    """Numbers into the cells of a heat map, where there is room."""
+    if len(values) > LABELLED or values.shape[1] > WRITTEN:
+        return
+    for (y, x), value in np.ndenumerate(values):
+        text, dark = ("-", True) if np.isnan(value) else (f"{value:.2f}", value < 0.6 * most)
+        axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+
+
+def _share_of_channels(axis: Axes, columns: int, d_ffs: set[int]) -> None:
+    """Ticks in channels where all FFNs have as many, else in shares of d_ff."""
+    width = d_ffs.pop() if len(d_ffs) == 1 else None
+    places = [i / 4 for i in range(5)]
+    labels = [f"{round(p * width)}" if width else f"{p:.0%}" for p in places]
+    axis.set_xticks([p * columns - 0.5 for p in places], labels)
+
+
+def _bar_of(figure: Figure, picture, axis, label: str) -> None:
+    figure.colorbar(picture, ax=axis, shrink=0.9, pad=0.02).set_label(label, fontsize=8)
+
+
+def _draw_chosen(figure: Figure, axis: Axes, rates: list[torch.Tensor], rows: list[str], budgets: list[float]) -> None:
+    """Heat map: each row's channels from the one chosen most often to the least, K marked."""
+    values = grid([falling(rate) for rate in rates])
+    picture = _heat(axis, values, rows)
+    columns = values.shape[1]
+    axis.plot(
+        [share * columns - 0.5 for share in budgets], range(len(rows)), "|", color="#ff4fa3", ms=9, mew=1.5, label="K"
+    )
+    axis.set_xlim(-0.5, columns - 0.5)
+    _share_of_channels(axis, columns, {len(rate) for rate in rates})
+    axis.set_xlabel("channels, each row by itself from the most often to the least often chosen (pink: budget K)")
+    _bar_of(figure, picture, axis, "share of decoded tokens that chose the channel")
+
+
+def _draw_regions(figure: Figure, axis: Axes, rates: list[torch.Tensor], rows: list[str], sizes: list) -> None:
+    """Heat map: the three regions, and in the candidates' how often each passed."""
+    from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    rates = pass_rates(layers, trace)
-    steps = max(mask.shape[0] for mask in trace.values())
-    figure, axes = plt.subplots(
-        len(rates), 1, figsize=(10, 1.0 + 0.75 * len(rates)), sharex=True, squeeze=False, layout="constrained"
-    )
-    for axis, (name, rate) in zip(axes[:, 0], rates.items()):
-        s = layers[name].sizes
-        axis.axvspan(0, s.retained, color=RETAINED, lw=0)
-        axis.axvspan(s.read, s.d_ff, color=PRUNED, lw=0)
-        ranks = torch.arange(s.retained, s.read) + 0.5
-        axis.bar(ranks.numpy(), rate[s.retained : s.read].numpy(), width=1.0, color="#e07b39", lw=0)
-        axis.axvline(s.budget, color="black", lw=0.8, ls=":")
-        axis.set(xlim=(0, s.d_ff), ylim=(0, 1), yticks=[0, 1])
-        axis.set_ylabel(name.split("layers.")[-1], rotation=0, ha="right", va="center", fontsize=8)
-    axes[-1, 0].set_xlabel("channels, by falling importance to the prompt (dotted: budget K)")
-    figure.suptitle(f"Regions per FFN, and share of {steps} decode steps in which each candidate passed", fontsize=11)
-    figure.legend(
-        handles=[
-            Patch(color=RETAINED, label="retained"),
-            Patch(color="#e07b39", label="candidate (height: share of steps passed)"),
-            Patch(color=PRUNED, label="pruned"),
-        ],
-        loc="outside lower center",
-        ncols=3,
-        fontsize=8,
-        frameon=False,
-    )
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    values = grid(rates)
+    columns = values.shape[1]
+    regions = np.ones((len(rows), columns))
+    for line, s in zip(regions, sizes):
+        line[: round(s.retained / s.d_ff * columns)] = 0
+        line[round(s.read / s.d_ff * columns) :] = 2
+    below = ListedColormap([RETAINED, UNKNOWN, PRUNED])  # of candidates it shows those whose rate is unknown
+    axis.imshow(regions, cmap=below, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    picture = _heat(axis, np.where(regions == 1, values, np.nan), rows, colours="Oranges", bad="none")
+    budgets = [s.budget / s.d_ff * columns - 0.5 for s in sizes]
+    axis.plot(budgets, range(len(rows)), "|", color="black", ms=9, mew=1.5)
+    axis.set_xlim(-0.5, columns - 0.5)
+    _share_of_channels(axis, columns, {s.d_ff for s in sizes})
+    axis.set_xlabel("channels, by falling importance to the prompt (black: budget K)")
+    _bar_of(figure, picture, axis, "candidates: share of decoded tokens that let the channel pass")
+    handles = [Patch(color=RETAINED, label="retained: always computed"), Patch(color=PRUNED, label="pruned: never")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Share of the channels a that are among b."""
-    return torch.isin(a, b).float().mean().item()
+def channels_figure(
+    layers: Mapping[str, FFNPartition], rates: Mapping[str, torch.Tensor], steps: int, skipped: float
+) -> Figure:
+    """Which channels of the dense FFNs decode steps computed, a row per FFN.
 
+    With regions retained: the regions, and how often each candidate passed. With ``gate``, which chooses among all: how
+    often each channel was chosen, and how many were always, at times and never.
 
-def experts_figure(first: Mapping[str, FFNPartition], second: Mapping[str, FFNPartition], file: Path) -> None:
-    """Writes a PNG: per layer and expert, tokens routed, and overlap of the retained channels between
-    experts and between two prompts."""
+    Args:
+        rates: ``chosen_rates``.
+        steps: decode steps that they are of.
+        skipped: share of a token's channels that are not computed.
+    """
     plt = pyplot()
-    names = [name for name, partition in first.items() if partition.tokens.ndim]
-    figure, axes = plt.subplots(
-        len(names),
-        3,
-        figsize=(11, 0.8 + 2.3 * len(names)),
-        squeeze=False,
-        layout="constrained",
-        gridspec_kw={"width_ratios": [1.4, 1, 1.4]},
-    )
-    for (routed, between, prompts), name in zip(axes, names):
-        p, q = first[name], second[name]
-        experts = range(len(p.tokens))
-        width = 0.4
-        routed.bar([e - width / 2 for e in experts], p.tokens.tolist(), width, color=RETAINED, label="first prompt")
-        routed.bar([e + width / 2 for e in experts], q.tokens.tolist(), width, color="#9dbfdd", label="second prompt")
-        routed.set(xticks=list(experts) if len(p.tokens) <= 16 else [], ylabel=name.split("layers.")[-1])
-        matrix = [[overlap(p.retained[a], p.retained[b]) for b in experts] for a in experts]
-        picture = between.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-        between.set(xticks=[], yticks=[])
-        figure.colorbar(picture, ax=between, shrink=0.8)
-        prompts.bar(experts, [overlap(p.retained[e], q.retained[e]) for e in experts], color="#e07b39")
-        chance = p.sizes.retained / p.sizes.d_ff
-        prompts.axhline(chance, color="black", lw=0.8, ls=":")
-        prompts.set(ylim=(0, 1), xticks=list(experts) if len(p.tokens) <= 16 else [])
-    axes[0, 0].set_title("prompt tokens routed to each expert", fontsize=10)
-    axes[0, 0].legend(fontsize=7, frameon=False)
-    axes[0, 1].set_title("retained channels shared\nbetween experts", fontsize=10)
-    axes[0, 2].set_title("retained channels shared between\nthe two prompts (dotted: chance)", fontsize=10)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    names = [name for name, partition in layers.items() if not is_of_experts(partition)]
+    rows, partitions = [short(name) for name in names], [layers[name] for name in names]
+    said = f"{steps} decode steps, {skipped:.1%} of the channels skipped per token"
+    size = _height(len(rows))
+    if any(p.sizes.retained and not p.sizes.is_dense for p in partitions):
+        figure, axis = plt.subplots(figsize=(11, size), layout="constrained")
+        ordered = [in_reading_order(layers[name], rates[name]) for name in names]
+        _draw_regions(figure, axis, ordered, rows, [p.sizes for p in partitions])
+        figure.suptitle(f"Regions per FFN, and how often candidates passed: {said}", fontsize=11)
+    else:
+        figure, (axis, bars) = plt.subplots(
+            1, 2, figsize=(12, size), layout="constrained", gridspec_kw={"width_ratios": [3, 1]}
+        )
+        budgets = [p.budget / p.d_ff for p in partitions]
+        _draw_chosen(figure, axis, [rates[name] for name in names], rows, budgets)
+        _draw_usage(bars, stacked([usage(rates[name]) for name in names]))
+        figure.suptitle(f"How often each channel was chosen: {said}", fontsize=11)
+    axis.set_ylabel("FFN (layer)")
+    return figure
 
 
-def modalities_figure(layers: Mapping[str, Mapping[str, FFNPartition]], file: Path) -> None:
-    """Writes a PNG: per FFN, the share of retained channels that partitions from different tokens agree on.
+def _draw_usage(axis: Axes, parts: np.ndarray) -> None:
+    """Bars: per row, channels chosen always, at times and never."""
+    left = np.zeros(len(parts))
+    for label, colour, share in zip(("always", "at times", "never"), (RETAINED, CANDIDATE, PRUNED), parts.T):
+        axis.barh(range(len(parts)), share, left=left, color=colour, label=label, height=0.8)
+        left = left + share
+    axis.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5), yticks=[], xlabel="share of the FFN's channels")
+    axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), title="chosen")
+
+
+def experts_figure(
+    first: Mapping[str, FFNPartition],
+    second: Mapping[str, FFNPartition],
+    rates: Mapping[str, torch.Tensor],
+    second_rates: Mapping[str, torch.Tensor],
+    trace: Trace,
+) -> Figure:
+    """Per layer and expert: tokens sent to it, channels in common with other experts and with a second prompt, and
+    how often each of its channels was chosen.
+
+    Args:
+        rates, second_rates: ``chosen_rates`` of the decode steps after each prompt.
+        trace: the first one's masks.
+    """
+    plt = pyplot()
+    names = [name for name, partition in first.items() if is_of_experts(partition)]
+    rows, partitions = [short(name).removesuffix(".experts") for name in names], [first[name] for name in names]
+    routed = routed_rates(first, trace)
+    between, prompts = expert_grids(first, second, rates, second_rates)
+    what = "retained" if any(p.sizes.retained for p in partitions) else "chosen"
+    chance = np.mean([(p.sizes.retained or p.budget) / p.d_ff for p in partitions])
+    grids = {
+        "decoded tokens\nsent to each expert": stacked([routed[name] for name in names]),
+        f"{what} channels shared with\nother experts (chance: {chance:.2f})": between,
+        f"{what} channels shared with the\nsecond prompt (chance: {chance:.2f})": prompts,
+    }
+    n_rows = sum(len(p.importance) for p in partitions)
+    figure = plt.figure(figsize=(13, min(12.0, 5.0 + 0.25 * len(rows) + 0.06 * n_rows)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.4])
+    for axis, (title, values) in zip(upper.subplots(1, 3), grids.items()):
+        most = 1.0 if axis.get_subplotspec().colspan.start else max(np.nanmax(values), 1e-6)
+        picture = _heat(axis, values, rows, most=most)
+        _write(axis, values, most)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("expert")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        upper.colorbar(picture, ax=axis, shrink=0.9)
+    axis = lower.subplots()
+    each = [rate for name in names for rate in rates[name]]
+    labels = [f"{row}, expert {e}" for row, p in zip(rows, partitions) for e in range(len(p.importance))]
+    if what == "retained":
+        ordered = [rate for name in names for rate in in_reading_order(first[name], rates[name])]
+        _draw_regions(lower, axis, ordered, labels, [p.sizes for p in partitions for _ in p.importance])
+    else:
+        budgets = [p.budget / p.d_ff for p in partitions for _ in p.importance]
+        _draw_chosen(lower, axis, each, labels, budgets)
+    axis.set_title("channels of each expert, over the decoded tokens sent to it (grey: none)", fontsize=9)
+    return figure
+
+
+def modalities_figure(layers: Mapping[str, Mapping[str, FFNPartition]], rates: Mapping[str, torch.Tensor]) -> Figure:
+    """How much image and text tokens agree on which channels matter, and how often decode steps chose those.
 
     Args:
         layers: FFN partitions by what they were made from: ``"text"``, ``"image"`` and ``"both"``.
+        rates: ``chosen_rates`` of the decode steps, by the partition of both.
     """
     plt = pyplot()
-    names = list(layers["both"])
-    pairs = [("image", "text", "#7f7f7f"), ("image", "both", "#e07b39"), ("text", "both", RETAINED)]
-    figure, axis = plt.subplots(figsize=(max(7, 1.5 + 0.45 * len(names)), 4), layout="constrained")
-    width = 0.8 / len(pairs)
-    for i, (a, b, colour) in enumerate(pairs):
-        heights = [_mean_overlap(layers[a][name], layers[b][name]) for name in names]
-        places = [j + (i - 1) * width for j in range(len(names))]
-        axis.bar(places, heights, width, color=colour, label=f"{a} alone and {b}" if b != "text" else f"{a} and {b}")
-    chance = [layers["both"][name].sizes.retained / layers["both"][name].d_ff for name in names]
-    axis.plot(range(len(names)), chance, color="black", lw=0.8, ls=":", label="chance")
-    labels = [name.split("layers.")[-1].removesuffix(".mlp") for name in names]
-    axis.set_xticks(range(len(names)), labels, fontsize=8, rotation=90 if len(names) > 16 else 0)
-    axis.set(ylim=(0, 1), xlabel="FFN", ylabel="share of retained channels in common")
-    axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def _mean_overlap(a: FFNPartition, b: FFNPartition) -> float:
-    """Overlap of the retained channels, over experts on average."""
-    if not a.tokens.ndim:
-        return overlap(a.retained, b.retained)
-    return sum(overlap(x, y) for x, y in zip(a.retained, b.retained)) / len(a.retained)
+    rows = [short(name).removesuffix(".mlp") for name in layers["both"]]
+    figure, (shared, chosen) = plt.subplots(1, 2, figsize=(12, _height(len(rows)) + 0.4), layout="constrained")
+    chance = np.mean([compared_channels(p) / p.d_ff for p in layers["both"].values()])
+    panels = [
+        (shared, modality_overlaps(layers), [f"{a} and {b}" for a, b in MODALITY_PAIRS], "share in common"),
+        (chosen, modality_rates(layers, rates), list(MODALITY_GROUPS), "share of decoded tokens that chose them"),
+    ]
+    for axis, values, columns, label in panels:
+        picture = _heat(axis, values, rows)
+        axis.set_xticks(range(len(columns)), columns, fontsize=8)
+        _write(axis, values)
+        _bar_of(figure, picture, axis, label)
+    shared.set(ylabel="FFN (layer)", xlabel="channels ranked by the tokens of")
+    shared.set_title(
+        f"channels that matter most to both\n(top {chance:.0%} of d_ff, which is also what chance shares)", fontsize=10
+    )
+    chosen.set(xlabel="channels among those that matter most to the tokens of")
+    chosen.set_title("how often decode steps chose the channels\nthat matter most to ...", fontsize=10)
+    return figure
 
 
 def bench_figure(rows: list, title: str, file: Path) -> None:

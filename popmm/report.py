@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from popmm.traffic import channels_computed
+
 if TYPE_CHECKING:
     from popmm.site import PrunedSite
     from popmm.state import PartitionState
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer in a module's name
 
 
 def human_bytes(n: float) -> str:
@@ -23,7 +28,7 @@ def human_bytes(n: float) -> str:
     return f"{n:.2f} GiB"
 
 
-def to_text(table: Table, width: int = 110) -> str:
+def to_text(table: Table, width: int = 120) -> str:
     """A table as plain text."""
     buffer = io.StringIO()
     Console(file=buffer, width=width).print(table)
@@ -41,17 +46,16 @@ def prompt_tokens(state: PartitionState) -> str:
 
 
 def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
-    """``PartitionState.summary``: a row per FFN, then the total and the settings."""
+    """``PartitionState.summary``: a row per distinct FFN, then the total, the passes, the settings and the notes."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("FFN")
-    for column in ("experts", "d_ff", "R", "C", "P", "K", "bytes/token", "of dense"):
+    table.add_column("FFN", overflow="fold", min_width=24)
+    for column in ("experts", "d_ff", "R", "C", "P", "K", "skipped", "bytes/token", "of dense"):
         table.add_column(column, justify="right")
+    rows: dict[tuple[str, ...], list[str]] = {}
     for ffn in ffns:
-        s = ffn.sizes
-        pruned, dense = ffn.bytes_per_token()
-        sizes = [str(n) for n in (s.d_ff, s.retained, s.candidate, s.pruned, s.budget)]
-        experts = f"{ffn.site.top_k} of {ffn.site.n_experts}" if ffn.site.is_experts else "-"
-        table.add_row(ffn.name, experts, *sizes, human_bytes(pruned), f"{pruned / dense:.1%}")
+        rows.setdefault(_row(ffn), []).append(ffn.name)
+    for row, names in rows.items():
+        table.add_row(shared_name(names), *row)
     pruned, dense = state.bytes_per_token()
     c = ffns[0].config
     importance = c.importance if isinstance(c.importance, str) else "callable"
@@ -65,8 +69,47 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     lines = [
         to_text(table),
         f"FFN weights read per token at batch 1: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
+        f"FFN channels skipped per token: {state.channels_skipped():.1%}",
+        f"passes so far: {state.passes!r}",
         f"{how} importance={importance} fill={c.fill} prefill={c.prefill} "
         f"layout={ffns[0].layout.name}"
         f" (+{human_bytes(state.buffer_bytes())}); {status}",
     ]
-    return "\n".join(lines)
+    notes: dict[str, list[str]] = {}
+    for name, note in state.notes().items():
+        notes.setdefault(note, []).append(name)
+    return "\n".join(lines + [f"{shared_name(names)}: {note}" for note, names in notes.items()])
+
+
+def _row(ffn: PrunedSite) -> tuple[str, ...]:
+    s = ffn.sizes
+    pruned, dense = ffn.bytes_per_token()
+    sizes = [str(n) for n in (s.d_ff, s.retained, s.candidate, s.pruned, s.budget)]
+    experts = f"{ffn.site.top_k} of {ffn.site.n_experts}" if ffn.site.is_experts else "-"
+    skipped = 1 - channels_computed(ffn.site, s, ffn.config) / ffn.site.active_channels()
+    return (experts, *sizes, f"{skipped:.1%}", human_bytes(pruned), f"{pruned / dense:.1%}")
+
+
+def shared_name(names: list[str]) -> str:
+    """One line for modules whose names differ in numbers alone: ``model.layers.0-29.mlp (30)``."""
+    by_form: dict[str, list[list[int]]] = {}
+    for name in names:
+        by_form.setdefault(_NUMBER.sub("#", name), []).append([int(n) for n in _NUMBER.findall(name)])
+    parts = []
+    for form, numbers in by_form.items():
+        for column in zip(*numbers):
+            own = sorted(set(column))
+            form = form.replace("#", str(own[0]) if len(own) == 1 else _ranges(own), 1)
+        parts.append(form + (f" ({len(numbers)})" if len(numbers) > 1 else ""))
+    return ", ".join(parts)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers, such as ``0-3,7``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

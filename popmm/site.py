@@ -11,16 +11,19 @@ from torch import Tensor
 
 from popmm import ffn as arithmetic
 from popmm.budget import RegionSizes
-from popmm.importance import ChannelStatistics, measure, token_score
+from popmm.fingerprint import IDENTIFYING
+from popmm.importance import ChannelStatistics, blend_with_prior, measure, token_score
+from popmm.integrity import Integrity
 from popmm.layout import Layout
-from popmm.modality import JointStatistics
+from popmm.modality import TEXT, JointStatistics
 from popmm.partition import FFNPartition, split
 from popmm.traffic import bytes_read
 
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
     from popmm.config import PopConfig
-    from popmm.phase import Phase, PromptPass
+    from popmm.phase import Phase
+    from popmm.prompt import PromptPass
     from popmm.trace import Trace
 
 
@@ -36,19 +39,46 @@ class PrunedSite:
         self.sizes = sizes
         self.config = config
         self.score = token_score(config.importance)
+        self.integrity: Integrity | None = None  # set by attach
+        self.identity: Tensor | None = None  # float32 [n], by which a saved sequence knows the model again
+        self.note = ""  # what a reader must know of the partition's origin
         self.partition: FFNPartition | None = None
         self.trace: Trace | None = None
         # what baselines replace: whose statistics alone count, and which scored channels pass
         self.only_modality: str | None = None
         self.choose: Choose = arithmetic.best
         self.layout = layout
-        self.layout.allocate(site.weights())
+        self.allocate()
 
-    def refresh(self) -> None:
-        """Reads the weights' norms again if the model has moved or its weights have changed."""
-        source = self.site.weights()
-        if not self.layout.fits(source):
-            self.layout.allocate(source)
+    def allocate(self) -> None:
+        """Reads the weights, and makes what the layout keeps of them."""
+        self.layout.allocate(self.site.weights())
+        gate = self.layout.by_channel(self.layout.marks[0])
+        self.identity = gate.flatten()[:IDENTIFYING].to("cpu", copy=True)
+
+    def check(self) -> bool:
+        """Called before each prompt: refuses a module that was replaced, reads weights that have changed again.
+
+        Returns:
+            Whether hooks have been added to its layers.
+        """
+        hooked = self.integrity.check()
+        if not self.layout.fits(self.site.weights()):
+            self.allocate()
+            self.reread()
+        return hooked
+
+    def reread(self) -> None:
+        """What else must be read again when weights have changed."""
+
+    def prior(self) -> Tensor:
+        """A channel's score without a prompt, float32 ``[(E,) d_ff]``: the product of its vectors' norms."""
+        gate, up = _row_norms(self.site.weights())
+        return self.layout.by_channel(gate * up * self.layout.norms)
+
+    def up_prior(self) -> Tensor:
+        """In place of the up projection's root mean square without a prompt: its rows' norms."""
+        return self.layout.by_channel(_row_norms(self.site.weights())[1])
 
     @property
     def wants_up(self) -> bool:
@@ -61,9 +91,12 @@ class PrunedSite:
         by_channel = self.layout.by_channel
         return ChannelStatistics(by_channel(found.squares), by_channel(found.total), found.tokens, found.up_squares)
 
-    def up_rms(self, pooled: ChannelStatistics) -> Tensor:
-        """Root mean square of the up projection over the prompt, float32 ``[(E,) d_ff]``."""
-        return pooled.up_rms
+    def up_rms(self, pooled: ChannelStatistics, short: bool) -> Tensor:
+        """Root mean square of the up projection over the prompt, float32 ``[(E,) d_ff]``; see ``importance``."""
+        if not short:
+            return pooled.up_rms
+        squares = ChannelStatistics(pooled.up_squares, pooled.total, pooled.tokens)
+        return blend_with_prior(squares, self.up_prior().to(pooled.squares.device), self.config.prior_tokens)
 
     def marked(self, index: Tensor) -> Tensor:
         """Places in reading order ``[n, K]`` as a mask, bool ``[n, |R| + |C|]``."""
@@ -78,9 +111,15 @@ class PrunedSite:
         """Channels in the order of h at decode, int64 ``[(E,) n]``; all of them if the FFN is left dense."""
         return self.partition.reading_order if self.sizes.is_dense else self.layout.reading_order
 
-    def importance(self, statistics: ChannelStatistics) -> Tensor:
-        """Importance that the partition ranks by, float32 ``[(E,) d_ff]``."""
-        return statistics.importance
+    def importance(self, statistics: ChannelStatistics, short: bool = False) -> Tensor:
+        """Importance that the partition ranks by, float32 ``[(E,) d_ff]``.
+
+        Args:
+            short: the FFN was given fewer tokens than its prompt has, or none: it leans on the weights' own norms.
+        """
+        if not short:
+            return statistics.importance
+        return blend_with_prior(statistics, self.prior().to(statistics.squares.device), self.config.prior_tokens)
 
     def pooled(self, statistics: JointStatistics) -> ChannelStatistics:
         """Statistics that the partition is made from, over all modalities."""
@@ -88,8 +127,20 @@ class PrunedSite:
             return statistics.by_modality[self.only_modality]
         return statistics.pooled(self.config.modality_balance)
 
-    def split(self, pooled: ChannelStatistics, tokens: Mapping[str, Tensor]) -> FFNPartition:
-        return split(self.importance(pooled), self.sizes, tokens)
+    def split(self, pooled: ChannelStatistics, tokens: Mapping[str, Tensor], short: bool = False) -> FFNPartition:
+        return split(self.importance(pooled, short), self.sizes, tokens)
+
+    def nothing(self) -> JointStatistics:
+        """Statistics of no token."""
+        like = self.layout.norms
+        zeros = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        tokens = torch.zeros(like.shape[:-1], dtype=torch.int64, device=like.device)
+        none = ChannelStatistics(zeros, zeros, tokens, zeros if self.wants_up else None)
+        return JointStatistics({TEXT: none})
+
+    def is_short(self, statistics: JointStatistics, tokens: int) -> bool:
+        """Whether the FFN was given fewer tokens than the ``tokens`` of its prompt."""
+        return statistics.n_tokens < tokens
 
     def add(self, prompt: PromptPass, new: JointStatistics) -> JointStatistics:
         """Adds a pass's statistics to what the sequence has; kept by the phase if the pass ends well."""
@@ -97,21 +148,27 @@ class PrunedSite:
         prompt.statistics[self.name] = new if known is None else known + new
         return prompt.statistics[self.name]
 
-    def apply(self, statistics: JointStatistics) -> None:
-        """Partitions by the statistics and lays the weights out for decode."""
-        with torch.inference_mode(False), torch.no_grad():
+    def apply(self, statistics: JointStatistics | None, tokens: int) -> None:
+        """Partitions by the statistics and lays the weights out for decode.
+
+        Args:
+            statistics: None if the FFN did not run.
+            tokens: of the prompt, that the FFN should have been given.
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.layout.norms.device.type, enabled=False):
+            statistics = self.nothing() if statistics is None else statistics
+            short = self.is_short(statistics, tokens)
+            self.note = _note(statistics.n_tokens, tokens) if short else ""
             pooled = self.pooled(statistics)
-            self.partition = self.split(pooled, statistics.tokens)
+            self.partition = self.split(pooled, statistics.tokens, short)
             if self.sizes.is_dense:
                 return
-            self.refresh()
-            prompt = (pooled.mean, self.up_rms(pooled)) if self.wants_up else (pooled.mean,)
+            prompt = (pooled.mean, self.up_rms(pooled, short)) if self.wants_up else (pooled.mean,)
             self.layout.write(self.site.weights(), self.partition, *prompt)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
         self.layout.release()
-        self.dense_forward = None
 
     def bytes_per_token(self) -> tuple[float, float]:
         """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``."""
@@ -129,11 +186,11 @@ class PrunedFFN(PrunedSite):
         self._up: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Stands in for the module's forward: dense at prefill, pruned at decode."""
-        if not self.phase.decoding:
-            if self.phase.prompt is not None:
-                self.refresh()  # before anything is computed
-            return self.read(x) if self.wants_up else self.dense_forward(x)
+        """Stands in for the module's forward: dense at prefill and by itself, pruned at decode."""
+        phase = self.phase
+        if not phase.decoding or not (torch.compiler.is_compiling() or phase.running):
+            reads = self.wants_up and phase.prompt is not None
+            return self.read(x) if reads else self.dense_forward(x)
         y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
         if self.trace is not None:
             self.record(x, passing)
@@ -186,18 +243,21 @@ class PrunedFFN(PrunedSite):
         (h,) = args
         with torch.inference_mode(False), torch.no_grad():
             flat, up = h.detach().flatten(0, -2), None
+            groups = prompt.groups_of(len(flat))
+            if not groups:
+                return None
             if self.wants_up:
                 up = self._up if self._up is not None else self._recompute_up()
                 up = up.flatten(0, -2)
             read = {}
-            for modality, rows in prompt.groups.items():
+            for modality, rows in groups.items():
                 own = slice(None) if rows is None else rows.to(h.device)
                 read[modality] = self.measured(flat[own], up=None if up is None else up[own])
             statistics = self.add(prompt, JointStatistics(read))
         if self.config.prefill == "dense" or self.sizes.is_dense or prompt.refreshes:
             return None
         pooled = self.pooled(statistics)
-        pruned = self.split(pooled, statistics.tokens).pruned
+        pruned = self.split(pooled, statistics.tokens, self.is_short(statistics, prompt.all_tokens)).pruned
         h = h.clone()
         mean = pooled.mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
         h[..., self.layout.positions(pruned)] = mean
@@ -214,3 +274,16 @@ class PrunedFFN(PrunedSite):
         order = self.layout_order().to(x.device)
         full[:, order] = True if passing is None else passing.reshape(batch * n_tokens, -1)
         self.trace.add(self.name, full.view(batch, n_tokens, -1).transpose(0, 1))
+
+
+def _row_norms(weights: arithmetic.FFNWeights) -> tuple[Tensor, Tensor]:
+    """Norms of gate rows and up rows, float32 ``[(E,) d_ff]``."""
+    accumulate = torch.promote_types(weights.gate.dtype, torch.float32)
+    gate, up = (torch.linalg.vector_norm(w.detach(), dim=-1, dtype=accumulate) for w in (weights.gate, weights.up))
+    return gate.to(torch.float32), up.to(torch.float32)
+
+
+def _note(read: int, tokens: int) -> str:
+    if read == 0:
+        return "was given no token of the prompt: ranked by its weights' norms"
+    return f"was given {read} of the prompt's {tokens} tokens: ranked by them and by its weights' norms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from popmm.compat import Cache
 from popmm.config import PopConfig
 from popmm.partition import FFNPartition
+from popmm.passes import Passes
 from popmm.phase import Phase
 from popmm.report import summary_table
+from popmm.sequence import Sequence
 from popmm.trace import Trace
+from popmm.traffic import channels_computed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +38,8 @@ class PartitionState:
         ffn_ratio: share of each FFN's channels that is pruned.
         layers: FFN module name, as in ``model.named_modules()``, to ``FFNPartition``; empty until a
             prompt has been read.
+        passes: how many passes were of which kind since attach: ``prompt``, ``decode`` (pruned) and ``dense``; the
+            reasons for dense ones in ``passes.reasons``.
         vision: with ``vision="prune"``, FFN module name of the vision tower to the ``FFNPartition`` of the last
             pictures read; empty before.
         ready: whether a prompt has been read, so that one-token passes decode.
@@ -46,6 +53,7 @@ class PartitionState:
         left_dense: list[FFNSite],
         phase: Phase,
         tower: list[PrunedTowerFFN],
+        left_out: Mapping[str, str],
     ) -> None:
         self.config = config
         self.ffn_ratio = ffn_ratio
@@ -53,6 +61,11 @@ class PartitionState:
         self._left_dense = left_dense
         self._phase = phase
         self._tower = tower
+        self._left_out = left_out  # FFNs that cannot be pruned, and why
+
+    @property
+    def passes(self) -> Passes:
+        return self._phase.passes
 
     @property
     def ready(self) -> bool:
@@ -91,6 +104,52 @@ class PartitionState:
         untouched = sum(site.active_bytes() for site in self._left_dense)
         return round(pruned) + untouched, round(dense) + untouched
 
+    def channels_skipped(self) -> float:
+        """Share of the FFN channels of one decoded token that are not computed, in [0, 1).
+
+        Of experts, those that the token is sent to count; FFNs left dense count as computed. Rounding the gate rows
+        saves bytes and skips nothing.
+        """
+        skipped = total = 0.0
+        for ffn in self._ffns:
+            own = ffn.site.active_channels()
+            skipped, total = skipped + own - channels_computed(ffn.site, ffn.sizes, ffn.config), total + own
+        every = self.config.refresh_every
+        if every:
+            skipped *= every / (every + 1)
+        return skipped / (total + sum(site.active_channels() for site in self._left_dense))
+
+    def notes(self) -> dict[str, str]:
+        """FFNs of which a reader must know something, by name: left dense and why, ranked from few tokens or none."""
+        seen = {ffn.name: ffn.note for ffn in self._ffns if ffn.note and self.ready}
+        return {**{name: f"stays dense: {reason}" for name, reason in self._left_out.items()}, **seen}
+
+    def save_statistics(self, cache: Cache) -> Sequence:
+        """What is known of the prompt in ``cache``, to be pickled and given to ``load_statistics`` later.
+
+        ``torch.save(cache, file)`` saves it with the cache already; this serves caches kept in another form.
+
+        Raises:
+            ValueError: popmm has read no prompt into this cache.
+        """
+        sequence = self._phase.sequences.on(cache)
+        if sequence is None:
+            raise ValueError(
+                f"popmm has read no prompt into this {type(cache).__name__}: run one through the model first"
+            )
+        return copy.deepcopy(sequence)
+
+    def load_statistics(self, cache: Cache, saved: Sequence) -> None:
+        """Gives a cache that was rebuilt what ``save_statistics`` told of it, so that it decodes pruned.
+
+        Raises:
+            TypeError, ValueError: ``saved`` is no such thing, or of another model.
+        """
+        if not isinstance(saved, Sequence):
+            raise TypeError(f"{type(saved).__name__}: give what state.save_statistics(cache) returned")
+        with self._phase.exclusive("load_statistics"):
+            self._phase.sequences.load(cache, saved)
+
     def buffer_bytes(self) -> int:
         """Memory that popmm holds beside the model's own weights."""
         return sum(ffn.layout.bytes() for ffn in self._ffns)
@@ -104,18 +163,20 @@ class PartitionState:
         """Records which channels pass at each decode step run inside the ``with`` block.
 
         Yields a mapping from FFN name to a bool tensor ``[steps, batch, d_ff]`` (experts ``[steps, batch,
-        n_experts, d_ff]``) in the model's own channel numbers. Compiled steps run eagerly meanwhile.
+        n_experts, d_ff]``) in the model's own channel numbers. Meanwhile compiled steps run eagerly, and other threads
+        are refused.
         """
-        trace = Trace({ffn.name: tuple(ffn.layout.norms.shape) for ffn in self._ffns})
-        previous = [ffn.trace for ffn in self._ffns]
-        for ffn in self._ffns:
-            ffn.trace = trace
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                yield trace
-        finally:
-            for ffn, before in zip(self._ffns, previous):
-                ffn.trace = before
+        with self._phase.exclusive("trace"):
+            trace = Trace({ffn.name: tuple(ffn.layout.norms.shape) for ffn in self._ffns})
+            previous = [ffn.trace for ffn in self._ffns]
+            try:
+                for ffn in self._ffns:
+                    ffn.trace = trace
+                with torch.compiler.set_stance("force_eager"):
+                    yield trace
+            finally:
+                for ffn, before in zip(self._ffns, previous):
+                    ffn.trace = before
 
     def partition_seconds(self) -> float:
         """Measures how long it takes to partition all FFNs from the statistics at hand, layout included.
@@ -144,9 +205,9 @@ class PartitionState:
         """
 
         def replaced(ffn: PrunedSite, own: Callable) -> Callable[[ChannelStatistics], Tensor]:
-            def rank(statistics: ChannelStatistics) -> Tensor:
+            def rank(statistics: ChannelStatistics, short: bool = False) -> Tensor:
                 found = importance(ffn, statistics)
-                return own(statistics) if found is None else found
+                return own(statistics, short) if found is None else found
 
             return rank
 
@@ -172,7 +233,10 @@ class PartitionState:
     def __repr__(self) -> str:
         pruned, dense = self.bytes_per_token()
         status = "partitioned" if self.ready else "waiting for a prompt"
+        notes = self.notes()
+        also = f", {len(notes)} FFNs with notes (see summary())" if notes else ""
         return (
-            f"PartitionState({len(self._ffns)} FFNs, {self.ffn_ratio:.1%} of channels pruned, "
-            f"selection={self.config.selection!r}, reads {pruned / dense:.1%} of the FFN bytes per token, {status})"
+            f"PartitionState({len(self._ffns)} FFNs, selection={self.config.selection!r}, reads {pruned / dense:.1%} "
+            f"of the FFN bytes and skips {self.channels_skipped():.1%} of the channels per token, {status}{also}; "
+            f"passes: {self.passes!r})"
         )

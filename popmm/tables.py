@@ -26,24 +26,29 @@ def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
     """
     last = "exact answers" if exact else "same greedy tokens"
     lines = [
-        f"| method | asked | FFN bytes | perplexity | KL to dense | top-1 agreement | {last} |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | asked | FFN bytes | skipped | perplexity | KL to dense | top-1 agreement | {last} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if r.bytes_wanted is not None:
             asked = f"{r.bytes_wanted:.0%} of bytes"
         else:
             asked = f"{r.ffn_ratio if r.pruning_ratio is None else r.pruning_ratio:.0%} pruned"
+        skipped = "-" if r.channels_skipped is None else f"{r.channels_skipped:.1%}"
         end = "-" if r.prefix is None else f"{r.prefix:.1f} ± {r.prefix_spread:.1f}"
         if exact:
             end = f"{r.exact:.1%} ± {r.exact_spread:.1%}"
-        lines.append(
-            f"| {r.method} | {asked} | {r.bytes_share:.1%} | {r.perplexity:.3f} ± {r.perplexity_spread:.3f} "
-            f"| {r.kl:.4f} ± {r.kl_spread:.4f} | {r.top1:.1%} ± {r.top1_spread:.1%} "
-            f"| {end} |"
-        )
+        cells = [
+            f"{r.perplexity:.3f} ± {r.perplexity_spread:.3f}",
+            f"{r.kl:.4f} ± {r.kl_spread:.4f}",
+            f"{r.top1:.1%} ± {r.top1_spread:.1%}",
+        ]
+        lines.append(f"| {' | '.join([r.method, asked, f'{r.bytes_share:.1%}', skipped, *cells, end])} |")
     first = rows[0]
-    lines.append(f"\n{first.texts} texts in {first.subsets} disjoint subsets; ± is the spread over subsets.")
+    lines.append(
+        f"\n{first.texts} texts in {first.subsets} disjoint subsets; ± is the spread over subsets. "
+        "Skipped: share of a token's FFN channels that are not computed."
+    )
     return "\n".join(lines)
 
 

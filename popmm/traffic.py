@@ -66,6 +66,20 @@ def bytes_read(site: FFNSite, sizes: RegionSizes, config: PopConfig, passing: fl
     return channels * (site.active_bytes() // sizes.d_ff)
 
 
+def channels_computed(site: FFNSite, sizes: RegionSizes, config: PopConfig, passing: float | None = None) -> float:
+    """Channels of one token's FFN, or of all the experts that it is sent to, that a decode step computes to the end.
+
+    K with ``mask`` and ``gate``, |R| + |C| with ``keep``, all of a dense FFN. The others are skipped.
+
+    Args:
+        passing: channels that pass on average, in place of K.
+    """
+    if sizes.is_dense:
+        return site.active_channels()
+    computed = sizes.read if config.selection == "keep" else (sizes.budget if passing is None else passing)
+    return computed * site.active_channels() / sizes.d_ff
+
+
 def at_once(site: FFNSite, batch: int) -> float:
     """Bytes of a site that ``batch`` tokens read together, in those of one token.
 

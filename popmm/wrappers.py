@@ -1,4 +1,8 @@
-"""What stands around an attached model's own calls, so that each runs in its phase."""
+"""What stands around an attached model's own calls, so that each runs in its phase.
+
+Somebody may keep one of these beyond detach (accelerate's hooks call the forward that they found): then it is
+transparent.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ import torch
 from torch import nn
 
 from popmm.adapters.vlm import Surroundings
+from popmm.calls import Arguments, input_shape
+from popmm.compat import BATCHING_CALLS, CONTINUOUS_BATCHING, generate_settings, is_exporting
 from popmm.experts_interface import check_switched
-from popmm.phase import Arguments, Phase, input_shape
+from popmm.phase import Phase
 
 
 def _is_compiled_step(phase: Phase, arguments: dict[str, Any]) -> bool:
@@ -28,6 +34,13 @@ def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable
 
     @functools.wraps(forward)
     def phased_forward(*args, **kwargs):
+        if phase.released:
+            return forward(*args, **kwargs)
+        if is_exporting():
+            raise RuntimeError(
+                "torch.export and torch.jit.trace fix one path, and an attached model takes another at decode than at "
+                "its prompt: call popmm.detach(model) first"
+            )
         arguments = read(args, kwargs)
         if _is_compiled_step(phase, arguments):
             return forward(*args, **kwargs)
@@ -48,6 +61,8 @@ def with_modalities(surroundings: Surroundings, phase: Phase) -> Callable:
 
     @functools.wraps(forward)
     def reading_forward(*args, **kwargs):
+        if phase.released or is_exporting():  # the decoder inside refuses to be exported
+            return forward(*args, **kwargs)
         arguments = read(args, kwargs)
         if _is_compiled_step(phase, arguments):
             return forward(*args, **kwargs)
@@ -61,19 +76,33 @@ def exclusive(generate: Callable, phase: Phase) -> Callable:
 
     @functools.wraps(generate)
     def exclusive_generate(*args, **kwargs):
+        if phase.released:
+            return generate(*args, **kwargs)
         with phase.exclusive("generate"):
-            config = kwargs.get("generation_config") or generate.__self__.generation_config
-            names = ("num_beams", "num_return_sequences")
-            phase.copies = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
-            phase.fillers = _tokens(
-                *(kwargs.get(n, getattr(config, n, None)) for n in ("pad_token_id", "eos_token_id"))
-            )
-            try:
+            setting = generate_settings(generate, args, kwargs)
+            if setting("cache_implementation") == "paged":
+                raise RuntimeError(CONTINUOUS_BATCHING)
+            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+            fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
+            with phase.generating(copies, fillers, begins=not setting("is_assistant")):
                 return generate(*args, **kwargs)
-            finally:
-                phase.copies, phase.fillers = 1, set()
 
     return exclusive_generate
+
+
+def refused_batching(model: nn.Module, phase: Phase) -> list[tuple[nn.Module, str, Callable]]:
+    """Overrides that refuse continuous batching before anything is started."""
+
+    def refusing(call: Callable) -> Callable:
+        @functools.wraps(call)
+        def refuse(*args, **kwargs):
+            if phase.released:
+                return call(*args, **kwargs)
+            raise RuntimeError(CONTINUOUS_BATCHING)
+
+        return refuse
+
+    return [(model, name, refusing(getattr(model, name))) for name in BATCHING_CALLS if hasattr(model, name)]
 
 
 def _tokens(*given) -> set[int]:
@@ -82,28 +111,37 @@ def _tokens(*given) -> set[int]:
     return {int(token) for token in flat}
 
 
-def refreshed(get_compiled_call: Callable, phase: Phase) -> Callable:
-    """``generate``'s compiled step, which is left out where a step refreshes the partition."""
+def compiled(get_compiled_call: Callable, phase: Phase, refreshes: bool) -> Callable:
+    """``generate``'s compiled step, which counts its passes and is left out where a step refreshes the partition."""
 
     @functools.wraps(get_compiled_call)
-    def get_refreshed_call(*args, **kwargs):
-        compiled, model = get_compiled_call(*args, **kwargs), get_compiled_call.__self__
+    def get_counted_call(*args, **kwargs):
+        step, model = get_compiled_call(*args, **kwargs), get_compiled_call.__self__
+        if phase.released:
+            return step
 
-        def step(*args, **kwargs):
-            reads_prompt = phase.in_prompt or kwargs["input_ids"].shape[1] != 1
-            return (compiled if reads_prompt or not phase.compiled_step() else model)(*args, **kwargs)
+        def counted(*args, **kwargs):
+            ids = kwargs.get("input_ids")
+            is_step = not phase.in_prompt and phase.decoding and ids is not None and ids.shape[1] == 1
+            if refreshes and is_step and phase.compiled_step():
+                return model(*args, **kwargs)
+            before = phase.passes.total
+            output = step(*args, **kwargs)
+            if is_step and phase.passes.total == before:  # compiled code does not pass by the phase
+                phase.seen("decode")
+            return output
 
-        return step
+        return counted
 
-    return get_refreshed_call
+    return get_counted_call
 
 
 def chunked(prefill: Callable, phase: Phase) -> Callable:
-    """``generate``'s prefill, in which a last chunk of one token is told apart from a decode step."""
+    """``generate``'s prefill, whose passes are a prompt however few tokens they bring."""
 
     @functools.wraps(prefill)
     def chunked_prefill(input_ids, generation_config, *args, **kwargs):
-        if generation_config.prefill_chunk_size is None:
+        if phase.released or generation_config.prefill_chunk_size is None:
             return prefill(input_ids, generation_config, *args, **kwargs)
         with phase.reading_prompt():
             return prefill(input_ids, generation_config, *args, **kwargs)

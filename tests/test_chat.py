@@ -216,8 +216,11 @@ def test_closing_detaches(loaded):
 def test_chat_command_with_piped_lines(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("Describe the picture.\n\n/image nowhere.png\n/stats\n/quit\n"))
     assert main(["chat", "--pruning-ratio", "0.2", "--max-new-tokens", "40"]) == 0
-    out = capsys.readouterr().out
-    assert "Row " in out and "there is no file nowhere.png" in out and "16 image" in out
+    out, err = capsys.readouterr()
+    assert out.startswith("Row ") and len(out.splitlines()) == 1  # answers alone
+    assert "there is no file nowhere.png" in err and "16 image" in err
+    [layers] = [line for line in err.splitlines() if "language_model.layers." in line]
+    assert "0-3" in layers and "(4)" in layers  # one line for equal rows
 
 
 def test_inspect_draws_the_overlap_of_modalities(tmp_path, capsys):

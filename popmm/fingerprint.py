@@ -1,0 +1,98 @@
+"""A cheap fingerprint of weights: each channel's projection on a fixed random vector.
+
+Norms cannot tell a row from another of its length, and versions do not see what is written through ``.data``. A
+projection costs one reading of the weights, and changes with any of their values.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from popmm import kernels
+from popmm.ffn import FFNWeights
+
+SAME = 1e-5  # of the largest projection: the rounding of another order of summation
+IDENTIFYING = 64  # projections that tell one FFN from another
+
+
+def fingerprint(weights: FFNWeights) -> list[Tensor]:
+    """Marks of gate rows, up rows, down columns and the biases there are, float32 ``[(E,) d_ff]`` each, as they lie."""
+    with torch.inference_mode(False), torch.no_grad():
+        vector = _direction(weights.d_model, weights.gate.device)
+        marks = [_of_rows(weights.gate, vector), _of_rows(weights.up, vector), _of_rows(weights.down.mT, vector)]
+        biases = (weights.gate_bias, weights.up_bias)
+        return marks + [b.detach().to(torch.float32, copy=True) for b in biases if b is not None]
+
+
+def same(before: list[Tensor], now: list[Tensor]) -> bool:
+    """Whether two fingerprints are of the same contents in the same places."""
+    return len(before) == len(now) and all(map(_same, before, now))
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    if before.shape != now.shape or before.device != now.device:
+        return False
+    if torch.equal(before, now):
+        return True
+    size = before.abs().max()
+    return bool(((before - now).abs() <= SAME * size).all())
+
+
+def lies_in_order(before: Tensor, now: Tensor, order: Tensor) -> bool:
+    """Whether weights that somebody has written still lie in the order in which we left them.
+
+    What was moved to another device or dtype, scaled, or changed a little, still resembles what we left, channel by
+    channel. What was loaded lies in the model's own order: it resembles that, or nothing that we know.
+
+    Args:
+        before: marks as we left them ``[(E,) d_ff]``.
+        now: the marks found.
+        order: the channel at each position, int64 ``[(E,) d_ff]``.
+    """
+    before, now = before.to("cpu", torch.float64), now.to("cpu", torch.float64)
+    own = torch.empty_like(before).scatter_(-1, order.to("cpu"), before)
+    moved = order.to("cpu") != torch.arange(order.shape[-1], device="cpu", dtype=torch.int64)
+    ours, theirs = _likeness(before[moved], now[moved]), _likeness(own[moved], now[moved])
+    return ours >= max(0.5, theirs)
+
+
+def _likeness(a: Tensor, b: Tensor) -> float:
+    """Cosine, 1 where there is nothing to compare."""
+    size = a.norm() * b.norm()
+    if not size > 0:
+        return 1.0 if torch.equal(a, b) else 0.0
+    return float((a * b).sum() / size)
+
+
+def _of_rows(w: Tensor, vector: Tensor) -> Tensor:
+    """Projections of rows ``[(E,) n, d]`` on ``vector`` ``[d]``, float32 ``[(E,) n]``."""
+    w = w.detach()
+    stack = w if w.ndim == 3 else w.unsqueeze(0)
+    index = torch.arange(len(stack), device=w.device, dtype=torch.int64)
+    if kernels.reads_blocks(stack):
+        marks = kernels.block_dot(stack, vector.expand(len(stack), -1), index)
+    elif kernels.reads_blocks(stack.mT) and (stack.mT.stride(0) % stack.mT.stride(1) == 0 or len(stack) == 1):
+        marks = torch.cat([_of_columns(matrix.mT, vector) for matrix in stack])
+    else:
+        marks = torch.stack([_plain(matrix, vector) for matrix in stack])
+    return marks if w.ndim == 3 else marks[0]
+
+
+def _of_columns(w: Tensor, vector: Tensor) -> Tensor:
+    """Projections of the columns of ``w`` ``[d, n]`` whose rows lie in one piece each, ``[1, n]``."""
+    rows = torch.arange(len(w), device=w.device, dtype=torch.int64).unsqueeze(0)
+    return kernels.gather_sum(w, rows, vector.unsqueeze(0))
+
+
+def _plain(w: Tensor, vector: Tensor, at_once: int = 1 << 22) -> Tensor:
+    step = max(1, at_once // w.shape[-1])
+    return torch.cat([w[i : i + step].to(torch.float32) @ vector for i in range(0, len(w), step)])
+
+
+@functools.lru_cache(maxsize=16)
+def _direction(d_model: int, device: torch.device) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(d_model, generator=generator, dtype=torch.float32, device="cpu").to(device)

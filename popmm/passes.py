@@ -1,0 +1,73 @@
+"""How many passes of an attached model were of which kind, and why some were dense: nothing is dense in silence."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+KINDS = ("prompt", "decode", "dense")
+
+
+class NotPrunedWarning(UserWarning):
+    """An attached model ran dense where its user would expect it to be pruned."""
+
+
+class Passes(Mapping[str, int]):
+    """Passes of an attached model by kind, since it was attached.
+
+    ``prompt``: read and measured; ``decode``: one token per sequence by the partition (or several, simulated);
+    ``dense``: one token per sequence by all weights, for one of ``reasons``.
+    """
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys(KINDS, 0)
+        self.reasons: Counter[str] = Counter()  # of dense passes
+
+    def count(self, kind: str, reason: str = "") -> None:
+        self._counts[kind] += 1
+        if reason:
+            self.reasons[reason] += 1
+
+    @property
+    def total(self) -> int:
+        return sum(self._counts.values())
+
+    def __getitem__(self, kind: str) -> int:
+        return self._counts[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} {kind}" for kind, n in self._counts.items())
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in self.reasons.items())
+        return counts + (f" ({reasons})" if reasons else "")
+
+
+class GenerateWatch:
+    """Follows one ``generate`` from its prompt to its first decode step, which ought to be pruned."""
+
+    def __init__(self, begun: bool = False) -> None:
+        self.begun = begun  # the prompt's first pass has come
+        self.judged = False
+
+    def after_prompt(self, kind: str, reason: str, prunes: bool) -> None:
+        """Called with each pass that is not of the prompt: the first of them decides."""
+        if not self.judged:
+            self.judged = True
+            if kind != "decode" and prunes:
+                warn_dense(reason)
+
+    def end(self, passes: Passes) -> None:
+        """Called when ``generate`` has ended well."""
+        if not self.begun:
+            warn_dense("none of this call's passes were seen; the language model's forward was replaced while attached")
+
+
+def warn_dense(reason: str) -> None:
+    """One warning that decoding is not pruned, and why."""
+    warnings.warn(f"popmm: decoding is dense: {reason}", NotPrunedWarning, stacklevel=2)
