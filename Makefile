@@ -44,17 +44,19 @@ lock:  ## writes constraints.txt: the newest versions of everything, for every P
 	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
 		--extra dev --constraint .venv-lock/held --output-file constraints.txt pyproject.toml
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+PACKAGING := pyproject.toml setup.py popmm-editable.pth popmm-lm-eval.pth
+
+$(VENV)/.installed: $(PACKAGING) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.venv-newest/.installed: pyproject.toml
+.venv-newest/.installed: $(PACKAGING)
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --editable '.[dev]'
 	touch $@
 
-.venv-oldest/.installed: pyproject.toml
+.venv-oldest/.installed: $(PACKAGING)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python $(INSTALL) --editable '.[dev]' $(addsuffix ',$(addprefix ',$(OLDEST)))
 	touch $@

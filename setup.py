@@ -1,4 +1,9 @@
-"""Only what pyproject.toml cannot say: popmm-lm-eval.pth goes to the root of site-packages, see popmm_lm_eval.py."""
+"""Only what pyproject.toml cannot say: files for the root of site-packages.
+
+popmm-lm-eval.pth: see popmm_lm_eval.py. popmm-editable.pth, of editable installs alone: has Python ask setuptools'
+finder before it looks into the current folder, where a clone of this repository that is called popmm would be taken for
+the package.
+"""
 
 import os
 import sys
@@ -7,7 +12,7 @@ import sysconfig
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
-PTH = "popmm-lm-eval.pth"
+PTH, EDITABLE_PTH = "popmm-lm-eval.pth", "popmm-editable.pth"
 
 
 class WithPth(build_py):
@@ -31,5 +36,5 @@ class WithData(Distribution):
 
 # editable ones have no such place for it, but install data files into the environment
 site_packages = os.path.relpath(sysconfig.get_path("purelib"), sysconfig.get_path("data"))
-data = [(site_packages, [PTH])] if "editable_wheel" in sys.argv else []
+data = [(site_packages, [PTH, EDITABLE_PTH])] if "editable_wheel" in sys.argv else []
 setup(distclass=WithData, cmdclass={"build_py": WithPth}, data_files=data)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from popmm.compat import NOT_PARTS
 from popmm.ffn import FFNWeights, ffn
 
 from .base import FFNSite, UnsupportedModelError, register
@@ -97,10 +98,9 @@ def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
         for child in module.children()
         if not linear_shape(child) and not isinstance(child, (nn.Dropout, nn.ModuleList)) and not _has_parameters(child)
     ]
-    return children + [value for key, value in vars(module).items() if callable(value) and key not in _NOT_ACTIVATIONS]
+    return children + [value for key, value in vars(module).items() if callable(value) and key not in NOT_PARTS]
 
 
-_NOT_ACTIVATIONS = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 # tried where a module holds no activation and so must call one in its forward
 _INLINE = (F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu)
 

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import moe as hf_moe
 
+from popmm.compat import default_apply_gate, is_expert_parallel
 from popmm.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
@@ -44,7 +44,7 @@ class ExpertsAdapter:
             )
         if getattr(module, "has_post_expert_norm", False):
             raise UnsupportedModelError(f"{kind} normalises each expert's output: popmm does not support that yet")
-        if getattr(module, "_is_expert_parallel", False):
+        if is_expert_parallel(module):
             raise UnsupportedModelError(
                 f"{kind} spreads its experts over devices: load the model without expert parallelism"
             )
@@ -124,7 +124,7 @@ def _split(module: nn.Module, gate_up: Tensor, dim: int) -> tuple[Tensor, Tensor
 
 
 def _combine(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    if type(module)._apply_gate is hf_moe._default_apply_gate:
+    if type(module)._apply_gate is default_apply_gate:
         return module.act_fn(gate) * up
     if module.is_concatenated:
         return module._apply_gate(torch.cat([gate, up], dim=-1))

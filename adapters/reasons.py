@@ -6,10 +6,11 @@ import inspect
 
 from torch import nn
 
+from popmm.compat import CACHE_NAMES, OTHER_STATES
+
 from .base import DecoderLayer
 from .forms import linear_weights, mixes_tokens
 
-_CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states", "mems", "state", "layer_past")
 _OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
 
 
@@ -18,7 +19,7 @@ def why_never_decoding(model: nn.Module, decoder: nn.Module) -> str:
     kind = type(model).__name__
     reads = getattr(model, "main_input_name", "input_ids")
     parameters = inspect.signature(type(decoder).forward).parameters
-    takes_cache = any(name in parameters for name in _CACHES)
+    takes_cache = any(name in parameters for name in (*CACHE_NAMES, *OTHER_STATES))
     if not takes_cache and not (_takes_anything(parameters) and _can_generate(model)):
         what = "is an encoder" if reads == "input_ids" else f"reads {reads}"
         return (

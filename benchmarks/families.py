@@ -25,7 +25,9 @@ SETTINGS = {
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "ministral": {"head_dim": 128},
-    "nemotron": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 48},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10000.0}},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
     "reformer": {"is_decoder": True},
     "deepseek_v2": {"num_experts_per_tok": 6},
 }

@@ -19,6 +19,7 @@ from rich.progress import track
 
 import popmm
 from popmm.compare import decode_along
+from popmm.compat import cache_of
 from popmm.evaluate import decode_logits
 from popmm.loading import load_model
 from popmm.methods import METHODS, Method, fit
@@ -166,7 +167,7 @@ def refresh(study: Study, tokens: int = 500, prompt: int = 64, texts: int = 12) 
                 by_place = torch.zeros(tokens)
                 with popmm.pruned(model, config) as state:
                     for ids, reference in zip(track(samples, transient=True), dense):
-                        cache = model(ids[None, :prompt], use_cache=True).past_key_values
+                        cache = cache_of(model(ids[None, :prompt], use_cache=True))
                         own = decode_along(model, state, ids[prompt:-1], cache).float().log_softmax(-1)
                         by_place += (reference.exp() * (reference - own)).sum(-1) / len(samples)
                 pruned = torch.ones(tokens, dtype=torch.bool)

@@ -18,17 +18,17 @@ from popmm.adapters import (
     find_surroundings,
     tower_ffns,
 )
-from popmm.attachment import MARKER, Attachment, Hook, Override
+from popmm.attachment import MARKER, Attachment, Hook, Kept, Override
 from popmm.budget import MAX_FFN_RATIO, ratio_of, region_sizes
-from popmm.compat import device_map, internal, is_offloaded
+from popmm.compat import CACHE_LENGTH, device_map, internal, is_offloaded
 from popmm.config import PopConfig
 from popmm.decode import StaticCaches
 from popmm.experts import PrunedExperts
 from popmm.experts_interface import ON_MODULE, dense_experts
-from popmm.integrity import Integrity
+from popmm.integrity import Integrity, leads_to
 from popmm.layout import Layout, choose_layout, shared_parameters, why_not_in_place
 from popmm.phase import Phase
-from popmm.site import PrunedFFN
+from popmm.site import PrunedFFN, PrunedSite
 from popmm.state import PartitionState
 from popmm.tower import PrunedTowerFFN, tower_ratio
 from popmm.traffic import SizesRule, sizes_for, with_bits
@@ -47,7 +47,7 @@ def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> Par
         The model's partition state. Use the model as before: ``model.generate(...)``.
 
     Raises:
-        UnsupportedModelError: quantised or offloaded weights, or no FFN of a known form.
+        UnsupportedModelError: no FFN that can be pruned, offloaded weights, or weights that are not finite.
         ValueError: a ratio that this model cannot reach, or training mode.
         RuntimeError: already attached.
     """
@@ -92,17 +92,20 @@ def attach_with(model: nn.Module, config: PopConfig, sizes: SizesRule) -> Partit
         raise
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: nn.Module, *, wait: bool = False) -> None:
     """Gives the model back as it was before ``attach``. Interrupted, it finishes first.
 
+    Args:
+        wait: until another thread that is running the model has done.
+
     Raises:
-        RuntimeError: the model is not attached, or another thread is running it. Whatever else is raised (such as for
-            want of memory) leaves it attached, and ``detach`` may be called again.
+        RuntimeError: the model is not attached, or is running (in another thread, unless ``wait``). Whatever else is
+            raised (such as for want of memory) leaves it attached, and ``detach`` may be called again.
     """
     attachment = find_decoder(model).__dict__.get(MARKER)
     if attachment is None:
         raise RuntimeError(f"this {type(model).__name__} is not attached: call popmm.attach(model, config) first")
-    with attachment.phase.exclusive("detach"):
+    with attachment.phase.exclusive.between_passes("detach", wait):
         try:
             with whole_act():
                 attachment.remove()
@@ -146,7 +149,7 @@ class pruned(contextlib.AbstractContextManager):
         """Detaches what this block has attached, unless its body did."""
         attachment = find_decoder(self._model).__dict__.get(MARKER) if self._state is not None else None
         if attachment is not None and attachment.state is self._state:
-            detach(self._model)
+            detach(self._model, wait=True)
         self._state = None
 
 
@@ -209,10 +212,32 @@ def _wire(
     if switches_experts:
         experts = [site.module for site in left_dense if site.is_experts]
         overrides += [Override(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
-    overrides.append(Override(decoder, "forward", phased(decoder, phase, switches_experts)))
+    forward = phased(decoder, phase, switches_experts)
+    overrides.append(Override(decoder, "forward", forward))
+    phase.is_wired = functools.partial(leads_to, decoder, forward)
     if surroundings is not None:
         overrides.append(Override(surroundings.module, "forward", with_modalities(surroundings, phase)))
-    return Attachment(decoder, state, phase, caches, switches_experts, overrides, hooks, notes)
+    return Attachment(
+        decoder,
+        state,
+        phase,
+        caches,
+        switches_experts,
+        overrides,
+        hooks,
+        kept=[Kept(model, CACHE_LENGTH)],
+        holds=list(_held(ffns)),
+        writes=any(ffn.layout.name == "permute" and not ffn.sizes.is_dense for ffn in ffns),
+        after_install=notes,
+    )
+
+
+def _held(ffns: list[PrunedSite]) -> Iterator[tuple[nn.Module | nn.Parameter, str]]:
+    """Modules and parameters that FFNs are made of, with their names."""
+    for ffn in ffns:
+        yield ffn.site.module, ffn.name
+        for name, parameter in ffn.site.module.named_parameters():
+            yield parameter, f"{ffn.name}.{name}"
 
 
 def _around_generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,28 @@ class Override:
 
 
 @dataclass
+class Kept:
+    """An attribute of a module that calls may change while attached."""
+
+    module: Any
+    name: str
+    before: Any = _MISSING
+
+    def install(self) -> None:
+        self.before = self.module.__dict__.get(self.name, _MISSING)
+
+    def remove(self) -> None:
+        if self.before is _MISSING:
+            self.module.__dict__.pop(self.name, None)
+        else:
+            self.module.__dict__[self.name] = self.before
+
+
+# modules and parameters of attached FFNs, by id: held by one attachment, and so by one model
+_HELD: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+
+
+@dataclass(eq=False)
 class Attachment:
     """What was put on a model, and what stood there before. Kept on the decoder, and so freed with it."""
 
@@ -85,10 +108,21 @@ class Attachment:
     switches_experts: bool  # to our implementation of transformers' experts interface
     overrides: list[Override]
     hooks: list[Hook]
+    kept: list[Kept]
+    holds: list[tuple[nn.Module | nn.Parameter, str]]  # modules and parameters of its FFNs, and their names
+    writes: bool  # its parameters, in place
     after_install: list[Callable[[], None]] = field(default_factory=list)
 
     def install(self) -> None:
         """Puts everything on; the marker last."""
+        for held, name in self.holds:
+            other = _HELD.get(id(held))
+            if other is not None and (isinstance(held, nn.Module) or self.writes or other.writes):
+                raise RuntimeError(
+                    f"{name} belongs to another attached model too ({other.state!r}): popmm.detach that one first"
+                )
+        for kept in self.kept:
+            kept.install()
         for override in self.overrides:
             override.install()
         for hook in self.hooks:
@@ -97,6 +131,8 @@ class Attachment:
             switch_on(self.decoder)
         for note in self.after_install:
             note()
+        for held, _ in self.holds:
+            _HELD[id(held)] = self
         self.decoder.__dict__[MARKER] = self
 
     def remove(self) -> None:
@@ -114,4 +150,9 @@ class Attachment:
         for override in reversed(self.overrides):
             override.remove()
         self.caches.release()
+        for kept in self.kept:
+            kept.remove()
+        for held, _ in self.holds:
+            if _HELD.get(id(held)) is self:
+                _HELD.pop(id(held), None)
         self.decoder.__dict__.pop(MARKER, None)

@@ -23,6 +23,7 @@ from transformers import CompileConfig
 from popmm.adapters import describe
 from popmm.attach import pruned
 from popmm.compare import Clock
+from popmm.compat import experts_implementation
 from popmm.config import PopConfig
 from popmm.terminal import progress
 from popmm.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes, pruned_ffn_bytes
@@ -109,7 +110,7 @@ class Bench:
     def __init__(self, model, batch: int, prompt: int, new: int) -> None:
         self.model, self.batch, self.prompt, self.new = model, batch, prompt, new
         self.device = next(model.parameters()).device
-        self.default_experts = getattr(model.config, "_experts_implementation", None)
+        self.default_experts = experts_implementation(model.config)
         self.dense_ffn_bytes, self.other_bytes = dense_ffn_bytes(model, batch), other_bytes(model)
         self.bandwidth = copy_bandwidth(self.device)
 

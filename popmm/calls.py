@@ -40,13 +40,15 @@ def input_shape(arguments: dict[str, Any]) -> tuple[int, int]:
     raise ValueError("the language model was called with neither input_ids nor inputs_embeds")
 
 
-def without_backward(forward: Callable) -> Callable:
-    """A forward whose outputs refuse gradients: weights that are reordered in place are not what they were by then."""
+def without_backward(forward: Callable, is_stale: Callable[[], bool]) -> Callable:
+    """A forward whose outputs refuse gradients when the weights are no longer stored as they were in it."""
 
     def refuse(gradient: Tensor) -> None:
+        if not is_stale():
+            return
         raise RuntimeError(
-            "gradients through an attached model with layout='permute': its weights are reordered in place, so they "
-            "are no longer what this pass was computed with. Attach with layout='copy', or call popmm.detach(model) first"
+            "gradients through an attached model with layout='permute': its weights are stored otherwise "
+            "by now than when this pass was computed. Attach with layout='copy', or call popmm.detach(model) before the forward"
         )
 
     def watch(value: Any) -> None:

@@ -34,7 +34,7 @@ __all__ = [
 # Caches -----------------------------------------------------------------------------------------------------------
 
 CACHE_NAMES = ("cache", "past_key_values")  # of arguments, newest first
-_OTHER_STATES = ("cache_params", "mems", "past_buckets_states", "state")
+OTHER_STATES = ("cache_params", "mems", "past_buckets_states", "state", "layer_past")
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
@@ -49,7 +49,7 @@ def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
         raise TypeError(f"the language model was called with two caches ({kinds}): popmm cannot tell its tokens")
     if found:
         return found[0]
-    for name in (*CACHE_NAMES, *_OTHER_STATES):
+    for name in (*CACHE_NAMES, *OTHER_STATES):
         value = arguments.get(name)
         if value is not None:
             raise TypeError(_unknown_cache(name, value))
@@ -113,8 +113,8 @@ grouped_mm = _moe._grouped_mm
 
 
 def experts_implementation(config) -> str | None:
-    """Name of the experts implementation that a configuration asks for."""
-    return config._experts_implementation
+    """Name of the experts implementation that a configuration asks for, None if it has none."""
+    return getattr(config, "_experts_implementation", None)
 
 
 def set_back_experts(config, name: str | None) -> None:
@@ -150,9 +150,12 @@ def internal(model: nn.Module, name: str) -> Callable | None:
     return found
 
 
+CACHE_LENGTH = "_previous_max_cache_length"  # where ``generate`` notes the longest static cache that it has made
+
+
 def forget_cache_length(model: nn.Module) -> None:
     """Static caches would be as long as the model's longest so far."""
-    model.__dict__.pop("_previous_max_cache_length", None)
+    model.__dict__.pop(CACHE_LENGTH, None)
 
 
 def static_cache_signature(prepare: Callable) -> inspect.Signature | None:
@@ -187,6 +190,9 @@ def generate_settings(generate: Callable, args: tuple, kwargs: Mapping[str, Any]
     return read
 
 
+# attributes of a module that are calls without being its own parts: accelerate's hooks, the compiler
+NOT_PARTS = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+
 # Where weights lie ------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +209,12 @@ def is_offloaded(module: nn.Module) -> bool:
 def forward_below_hooks(module: nn.Module) -> Callable | None:
     """The forward that accelerate's hooks on a module call, None without hooks."""
     return module.__dict__.get("_old_forward")
+
+
+def hook_of(module: nn.Module) -> str:
+    """What accelerate has put on a module, empty if nothing."""
+    hook = getattr(module, "_hf_hook", None)
+    return "" if hook is None else f"accelerate's {type(hook).__name__} is on it"
 
 
 def is_exporting() -> bool:

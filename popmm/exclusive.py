@@ -15,9 +15,9 @@ class Exclusive:
         self.in_pass = False
 
     @contextmanager
-    def __call__(self, action: str) -> Iterator[None]:
-        """Refuses a second thread."""
-        if not self._lock.acquire(blocking=False):
+    def __call__(self, action: str, waits: bool = False) -> Iterator[None]:
+        """Refuses a second thread, or waits until it has done."""
+        if not self._lock.acquire(blocking=waits):
             raise RuntimeError(
                 f"{action}: another thread is running this model, which holds one partition at a time. Run its "
                 "calls one after another, batch the prompts into one call, or attach a second copy of the model"
@@ -26,6 +26,16 @@ class Exclusive:
             yield
         finally:
             self._lock.release()
+
+    @contextmanager
+    def between_passes(self, action: str, waits: bool = False) -> Iterator[None]:
+        """Refuses a second thread, and a call from inside a pass."""
+        with self(action, waits):
+            if self.in_pass:
+                raise RuntimeError(
+                    f"{action} was called from inside the model's own forward (a hook, a callback): call it after that"
+                )
+            yield
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:

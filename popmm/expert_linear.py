@@ -8,13 +8,15 @@ from torch import Tensor
 from transformers.integrations import moe as hf_moe
 
 from popmm import kernels
+from popmm.kernels.precision import without_autocast
 
 
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[s] = weight[experts[s]] @ x[s] (+ bias[experts[s]])``.
 
-    No expert's matrix is copied. Few rows, most of which have an expert to themselves, are computed one by one
-    by ``kernels.block_dot``; many in groups by expert. Static shapes; no synchronisation on an accelerator.
+    In the weight's dtype, under autocast too. No expert's matrix is copied. Few rows, most of which have an expert to
+    themselves, are computed one by one by ``kernels.block_dot``; many in groups by expert. Static shapes; no
+    synchronisation on an accelerator.
 
     Args:
         x: rows ``[n_rows, d_in]``.
@@ -23,12 +25,13 @@ def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | Non
         bias: ``[n_experts, d_out]``.
     """
     x = x.to(weight.dtype)
-    if x.device.type == "cpu":
-        y = _on_cpu(x, weight, experts) if torch.compiler.is_compiling() else _each(x, weight, experts)
-    elif x.is_cuda and _are_few(experts, weight) and weight.stride(-1) == 1:
-        y = kernels.block_dot(weight, x, experts)
-    else:
-        y = _grouped(x, weight, experts)
+    with without_autocast(x.device):
+        if x.device.type == "cpu":
+            y = _on_cpu(x, weight, experts) if torch.compiler.is_compiling() else _each(x, weight, experts)
+        elif x.is_cuda and _are_few(experts, weight) and weight.stride(-1) == 1:
+            y = kernels.block_dot(weight, x, experts)
+        else:
+            y = _grouped(x, weight, experts)
     return y if bias is None else y + bias[experts]
 
 
@@ -48,8 +51,8 @@ def _each(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
             row = rows[0]
             y[row] = F.linear(x[row : row + 1], weight[expert])[0]  # faster than a vector
         else:
-            index = torch.tensor(rows, device="cpu")
-            y[index] = F.linear(x[index], weight[expert]).to(y.dtype)  # autocast may have changed it
+            index = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            y[index] = F.linear(x[index], weight[expert])
     return y
 
 

@@ -39,7 +39,10 @@ class PrunedExperts(PrunedSite):
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Experts of tokens x ``[n_tokens, d_model]`` routed to ``index`` with ``weight`` (``[n_tokens, k]``)."""
         phase = self.phase
-        if not phase.decoding or not (torch.compiler.is_compiling() or phase.running):
+        if not (torch.compiler.is_compiling() or phase.running):
+            phase.warn_if_unwired()
+            return self.dense_forward(x, index, weight)
+        if not phase.decoding:
             return self.prefill(x, index, weight)
         dense = self.sizes.is_dense
         y, passing = (self.dense_forward(x, index, weight), None) if dense else self.decode(x, index, weight)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from popmm import kernels
+from popmm.kernels.precision import output_dtype
 
 
 class FFNWeights(NamedTuple):
@@ -57,7 +58,7 @@ def project_down(h: Tensor, weights: FFNWeights) -> Tensor:
     if one and down.element_size() == 2 and not down.is_contiguous() and kernels.reads_blocks(down):
         # torch reads 16-bit slices of columns at half the bandwidth
         block = torch.zeros(1, dtype=torch.int64, device="cpu")
-        y = kernels.block_dot(down.unsqueeze(0), h.reshape(1, -1), block).view(*h.shape[:-1], -1)
+        y = kernels.block_dot(down.unsqueeze(0), h.reshape(1, -1), block).view(*h.shape[:-1], -1).to(output_dtype(down))
         return y if bias is None else y + bias
     return F.linear(h, down, bias)
 

@@ -7,6 +7,7 @@ projection costs one reading of the weights, and changes with any of their value
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from popmm import kernels
 from popmm.ffn import FFNWeights
 
 SAME = 1e-5  # of the largest projection: the rounding of another order of summation
+ALIKE = 0.5  # correlation from which two lists of marks are of the same channels
 IDENTIFYING = 64  # projections that tell one FFN from another
 
 
@@ -41,30 +43,39 @@ def _same(before: Tensor, now: Tensor) -> bool:
     return bool(((before - now).abs() <= SAME * size).all())
 
 
-def lies_in_order(before: Tensor, now: Tensor, order: Tensor) -> bool:
-    """Whether weights that somebody has written still lie in the order in which we left them.
+def order_of(before: list[Tensor], now: list[Tensor], order: Tensor) -> Literal["ours", "own", "unknown"]:
+    """In which order weights lie that somebody has written: as we left them, or the model's own.
 
-    What was moved to another device or dtype, scaled, or changed a little, still resembles what we left, channel by
-    channel. What was loaded lies in the model's own order: it resembles that, or nothing that we know.
+    What was moved to another device or dtype, scaled, negated, or changed a little, still resembles what we left,
+    channel by channel. What was loaded resembles the same channels in the model's own order, or nothing that we know.
 
     Args:
-        before: marks as we left them ``[(E,) d_ff]``.
+        before: marks as we left them, each ``[(E,) d_ff]``.
         now: the marks found.
         order: the channel at each position, int64 ``[(E,) d_ff]``.
     """
-    before, now = before.to("cpu", torch.float64), now.to("cpu", torch.float64)
-    own = torch.empty_like(before).scatter_(-1, order.to("cpu"), before)
-    moved = order.to("cpu") != torch.arange(order.shape[-1], device="cpu", dtype=torch.int64)
-    ours, theirs = _likeness(before[moved], now[moved]), _likeness(own[moved], now[moved])
-    return ours >= max(0.5, theirs)
+    order = order.to("cpu")
+    moved = order != torch.arange(order.shape[-1], device="cpu", dtype=torch.int64)
+    if not moved.any():
+        return "ours"
+    ours = theirs = 0.0
+    for mark, found in zip(before, now):
+        mark, found = mark.to("cpu", torch.float64), found.to("cpu", torch.float64)
+        own = torch.empty_like(mark).scatter_(-1, order, mark)
+        ours = max(ours, _likeness(mark[moved], found[moved]))
+        theirs = max(theirs, _likeness(own[moved], found[moved]))
+    if max(ours, theirs) < ALIKE:
+        return "unknown"
+    return "ours" if ours >= theirs else "own"
 
 
 def _likeness(a: Tensor, b: Tensor) -> float:
-    """Cosine, 1 where there is nothing to compare."""
+    """Size of the correlation; 1 for the same values, 0 where there is nothing to correlate."""
+    if torch.equal(a, b):
+        return 1.0
+    a, b = a - a.mean(), b - b.mean()
     size = a.norm() * b.norm()
-    if not size > 0:
-        return 1.0 if torch.equal(a, b) else 0.0
-    return float((a * b).sum() / size)
+    return float(((a * b).sum() / size).abs()) if size > 0 else 0.0
 
 
 def _of_rows(w: Tensor, vector: Tensor) -> Tensor:

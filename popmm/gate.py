@@ -270,6 +270,7 @@ class _Turned:
         by_channel = self.plain.view(*self.plain.shape[:-2], *self.plain.shape[:-3:-1])
         by_channel.copy_(self.values.mT)
         self.parameter.data = by_channel.mT
+        self._tell_autograd()
         self.values = None
 
     def back(self) -> None:
@@ -283,7 +284,12 @@ class _Turned:
             self.values = now.contiguous()
         self.parameter.data = self.plain
         self.plain.copy_(self.values)
+        self._tell_autograd()
         self.values = None
+
+    def _tell_autograd(self) -> None:
+        """Graphs that saved the parameter before must not go on: their strides are of another storage order."""
+        self.parameter.detach()[:0].zero_()  # writes nothing, and raises the version
 
 
 def gate_row_bytes(source: FFNWeights, bits: int) -> float:

@@ -132,7 +132,7 @@ def measure(
             if up is not None:
                 up_squares.index_add_(0, experts[rows], up[rows].float().square().to(accumulate))
     if experts is None:
-        tokens = torch.tensor(n_tokens, device=h.device)
+        tokens = torch.tensor(n_tokens, dtype=torch.int64, device=h.device)
     else:
         tokens = torch.bincount(experts, minlength=len(down_norm))
     return ChannelStatistics(squares, total, tokens, up_squares)

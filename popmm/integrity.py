@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from popmm.compat import forward_below_hooks
+from popmm.compat import forward_below_hooks, hook_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -46,7 +46,7 @@ class Integrity:
         for inner, part in inside:
             if inner and part.__dict__.get("forward") is not self.forwards[inner]:
                 self._refuse(f"{self.name}.{inner}", part, "the forward of ")
-        if self.override is not None and not _calls(self.module, self.override):
+        if self.override is not None and not leads_to(self.module, self.override):
             self._refuse(self.name, self.module, "the forward of ")
         new = self.hooks is not None and bool(self._hooks() - self.hooks)
         if new:
@@ -60,13 +60,15 @@ class Integrity:
 
     def _refuse(self, name: str, found: nn.Module | None, what: str = "") -> None:
         now = "" if found is None else f" (it is now a {type(found).__name__})"
+        if found is not None and what:
+            now = f" ({hook_of(found)})" if hook_of(found) else ""
         raise RuntimeError(
             f"{what}{name} was replaced or wrapped while the model was attached{now}: the prompt would use it and "
             "decode would not. Call popmm.detach(model), change it, and attach again"
         )
 
 
-def _calls(module: nn.Module, ours: Callable) -> bool:
+def leads_to(module: nn.Module, ours: Callable) -> bool:
     """Whether a module's forward is ours, or something around it."""
     found, seen = module.__dict__.get("forward"), 0
     while found is not None and found != ours and seen < 8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from popmm.adapters import FFNSite
     from popmm.config import PopConfig
 
+
+logger = logging.getLogger("popmm")
 
 PAD = 16  # on the CPU, torch's 16-bit product with another number of rows takes twice as long
 
@@ -161,10 +164,24 @@ def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place
     slow = weight.device.type == "cpu"
     copied = config.layout == "copy" or (config.layout == "auto" and (in_place != "" or slow))
     if config.selection == "gate":
+        if not copied and not _lies_alone(weight):
+            logger.warning(
+                "layout='permute': the memory of %s's down projection is shared with other tensors or processes, so "
+                "its columns are copied instead",
+                site.name,
+            )
+            copied = True
         return GateLayout(sizes, fill_mean, config.gate_bits, not copied, site.name)
     if copied:
         return CopyLayout(sizes, fill_mean)
     return PermuteLayout(sizes, fill_mean, site.module, site.weights)
+
+
+def _lies_alone(weight: Tensor) -> bool:
+    """Whether nobody else reads or writes a weight's memory: no larger buffer that it is a part of, no other process."""
+    data = weight.detach()
+    whole = data.untyped_storage().nbytes() == data.numel() * data.element_size()
+    return whole and not (data.device.type == "cpu" and data.is_shared())
 
 
 def why_not_in_place(module: nn.Module, shared: set[int]) -> str:

@@ -48,7 +48,14 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     except OSError as error:
         raise ValueError(_not_found(name, path, error)) from None
     processor = processor_class.from_pretrained(where, **how)
-    return model_class.from_pretrained(where, dtype=torch_dtype, **how).to(device).eval(), processor
+    model, info = model_class.from_pretrained(where, dtype=torch_dtype, output_loading_info=True, **how)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(
+            f"--model {name}: transformers finds no weights for {missing[0]}{others} in this file or folder"
+        )
+    return model.to(device).eval(), processor
 
 
 def local_path(name: str) -> Path | None:

@@ -39,7 +39,8 @@ class Method:
 
 
 def _random_scores(h: Tensor, down_norm: Tensor) -> Tensor:
-    scores = torch.rand(h.shape[-1], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    scores = torch.rand(h.shape[-1], generator=generator, dtype=torch.float32, device="cpu")
     return scores.to(h.device).expand_as(h)
 
 

@@ -53,16 +53,15 @@ class JointStatistics:
             return pooled
         n_text = self.by_modality[TEXT].tokens.sum()
         n_other = pooled.tokens.sum().to(n_text.device) - n_text
-        weights = {
-            name: (text_share / n_text.clamp(min=1) if name == TEXT else (1 - text_share) / n_other.clamp(min=1))
-            for name in self.by_modality
-        }
+        text, other = (text_share, n_text), (1 - text_share, n_other)
+        shares = {name: text if name == TEXT else other for name in self.by_modality}
 
         def weighted(read: Callable[[ChannelStatistics], Tensor]) -> Tensor:
             """The weighted mean over tokens, times their number: as if each token had weighed its share."""
             total, weight = torch.zeros_like(pooled.squares), torch.zeros_like(pooled.squares[..., 0])
             for name, part in self.by_modality.items():
-                per_token = weights[name].to(total)
+                share, n = shares[name]
+                per_token = share / n.clamp(min=1).to(total)
                 total += per_token * read(part).to(total.device)
                 weight += per_token * part.tokens.to(total.device)
             mean = total / torch.where(weight > 0, weight, torch.ones_like(weight)).unsqueeze(-1)

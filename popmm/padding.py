@@ -34,8 +34,8 @@ def counted_tokens(attention_mask, shape: tuple[int, int], past: int) -> Tensor 
 
 def first_copies(counted: Tensor | None, shape: tuple[int, int], copies: int) -> Tensor:
     """``counted`` without the second and later copies of each prompt: beams must not count its tokens again."""
-    first = torch.arange(shape[0], device=None if counted is None else counted.device) % copies == 0
-    first = first.unsqueeze(-1).expand(shape)
+    first = torch.arange(shape[0], dtype=torch.int64, device="cpu" if counted is None else counted.device)
+    first = (first % copies == 0).unsqueeze(-1).expand(shape)
     return first if counted is None else counted & first
 
 
@@ -56,8 +56,8 @@ def _diagonal(mask: Tensor, n_tokens: int, past: int) -> Tensor:
 def _block_diagonal(mask: BlockMask, batch: int, n_tokens: int, past: int) -> Tensor:
     # a prepared BlockMask's function adds the cache's offset to the query's index by itself
     device = mask.kv_num_blocks.device
-    rows = torch.arange(batch, device=device)
-    columns = torch.arange(n_tokens, device=device)
-    head = torch.zeros((), dtype=torch.long, device=device)
+    rows = torch.arange(batch, dtype=torch.int64, device=device)
+    columns = torch.arange(n_tokens, dtype=torch.int64, device=device)
+    head = torch.zeros((), dtype=torch.int64, device=device)
     per_token = [mask.mask_mod(rows, head, column, column + past) for column in columns]
     return torch.stack([value.expand(batch) for value in per_token], dim=-1)

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 KINDS = ("prompt", "decode", "dense")
 
 
+UNWIRED = "the language model's forward was replaced while attached, so popmm sees none of its passes"
+
+
 class NotPrunedWarning(UserWarning):
     """An attached model ran dense where its user would expect it to be pruned."""
 
@@ -17,7 +20,8 @@ class Passes(Mapping[str, int]):
     """Passes of an attached model by kind, since it was attached.
 
     ``prompt``: read and measured; ``decode``: one token per sequence by the partition (or several, simulated);
-    ``dense``: one token per sequence by all weights, for one of ``reasons``.
+    ``dense``: one token per sequence by all weights, for one of ``reasons``. Steps that ``generate`` compiles are
+    counted; those of a ``torch.compile`` around the model itself are not seen.
     """
 
     def __init__(self) -> None:
@@ -51,21 +55,16 @@ class Passes(Mapping[str, int]):
 class GenerateWatch:
     """Follows one ``generate`` from its prompt to its first decode step, which ought to be pruned."""
 
-    def __init__(self, begun: bool = False) -> None:
-        self.begun = begun  # the prompt's first pass has come
-        self.judged = False
+    def __init__(self, drafts: bool = False) -> None:
+        self.begun = drafts  # the prompt's first pass has come; a draft goes on with another's text
+        self.judged = drafts
 
     def after_prompt(self, kind: str, reason: str, prunes: bool) -> None:
-        """Called with each pass that is not of the prompt: the first of them decides."""
+        """Called with each pass that is not of a prompt: the first of them decides."""
         if not self.judged:
             self.judged = True
             if kind != "decode" and prunes:
                 warn_dense(reason)
-
-    def end(self, passes: Passes) -> None:
-        """Called when ``generate`` has ended well."""
-        if not self.begun:
-            warn_dense("none of this call's passes were seen; the language model's forward was replaced while attached")
 
 
 def warn_dense(reason: str) -> None:

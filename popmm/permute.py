@@ -7,6 +7,7 @@ one order or another, never half way, and ``release`` gives back the exact bytes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from popmm.act import uninterrupted
 from popmm.budget import RegionSizes
 from popmm.decode import fix_addresses
 from popmm.ffn import FFNWeights, down_norm
-from popmm.fingerprint import fingerprint, lies_in_order, same
+from popmm.fingerprint import fingerprint, order_of, same
 from popmm.partition import FFNPartition
 
 
@@ -69,6 +70,8 @@ class PermuteLayout:
         self.order: Tensor | None = None  # int64 [(E,) d_ff], on the CPU: the channel at each position
         self._module, self._views = module, views
         self.marks: list[Tensor] = []  # fingerprint of the weights as they lie
+        self._sizes: list[Tensor] = []  # norms of the same rows, columns and biases, which survive a change of sign
+        self._held: list[Tensor] = []  # the tensors that we have reordered
         self._contents: list | None = None
         self._place: tuple | None = None
 
@@ -80,7 +83,7 @@ class PermuteLayout:
                 here = torch.arange(source.d_ff, dtype=torch.int64, device="cpu")
                 self.order = here.expand(source.gate.shape[:-1]).clone()
             self.norms = down_norm(source.down)
-            self.marks = fingerprint(source)
+            self.marks, self._sizes = fingerprint(source), _sizes(source)
             if not self.sizes.is_dense:
                 self._slice(source)
                 fix_addresses(self)
@@ -143,10 +146,11 @@ class PermuteLayout:
         """Puts every channel back where it was, and lets go of the weights."""
         self.rewind()
         self.weights = self.down_norm = self.mean = self.order = self._contents = None
+        self._held = []
 
     def bytes(self) -> int:
         """Memory held beside the model's own weights."""
-        own = [self.norms, self.down_norm, self.mean, self.order, *self.marks]
+        own = [self.norms, self.down_norm, self.mean, self.order, *self.marks, *self._sizes]
         if self.fill_mean and self.weights is not None:
             own.append(self.weights.down_bias)
         return sum(t.numel() * t.element_size() for t in own if t is not None)
@@ -156,7 +160,7 @@ class PermuteLayout:
         if not len(here):
             return
         rows = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias, self.norms, self.order]
-        rows = [t.detach() for t in [*rows, *self.marks] if t is not None]
+        rows = [t.detach() for t in [*rows, *self.marks, *self._sizes] if t is not None]
         self._move_rows(rows, expert, here, there)
         self._remember(source)
 
@@ -223,12 +227,24 @@ class PermuteLayout:
         """
         if self._contents is None or self.order is None or self._are_ours(source):
             return
-        weights = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias]
-        weights = [w for w in weights if w is not None]
-        ours = [lies_in_order(mark, now, self.order) for mark, now in zip(self.marks, fingerprint(source), strict=True)]
-        if not all(ours):
-            stay = [w.detach() for w, is_ours in zip(weights, ours) if is_ours]
-            self._move_rows(stay, *self._way_home())
+        with uninterrupted():
+            self._find_order(source)
+
+    def _find_order(self, source: FFNWeights) -> None:
+        weights = _rows(source)
+        # tensors that were put aside go home before anything else: whoever has them expects them as they were
+        aside = [old for old, new in zip(self._held, weights, strict=True) if _is_elsewhere(old, new)]
+        self._move_rows(aside, *self._way_home())
+        before, now = zip(self.marks, self._sizes), zip(fingerprint(source), _sizes(source))
+        orders = [order_of(list(a), list(b), self.order) for a, b in zip(before, now, strict=True)]
+        if "unknown" in orders and len(set(orders)) > 1:
+            warnings.warn(
+                "popmm: weights that were written while permuted resemble nothing that stood there; they are taken to "
+                "be loaded, in the model's own order",
+                stacklevel=2,
+            )
+        if any(order != "ours" for order in orders):
+            self._move_rows([w for w, order in zip(weights, orders) if order == "ours"], *self._way_home())
             self.order = None
         self._remember(source)
 
@@ -238,7 +254,7 @@ class PermuteLayout:
         return untouched and same(self.marks, fingerprint(source))
 
     def _remember(self, source: FFNWeights) -> None:
-        self._contents, self._place = _contents(self._module), _place(source)
+        self._contents, self._place, self._held = _contents(self._module), _place(source), _rows(source)
 
 
 def _contents(module: nn.Module) -> list:
@@ -247,6 +263,23 @@ def _contents(module: nn.Module) -> list:
 
 def _place(source: FFNWeights) -> tuple:
     return source.down.device, source.down.dtype, source.down.data_ptr()
+
+
+def _rows(source: FFNWeights) -> list[Tensor]:
+    """Weights and biases by channel, ``[(E,) d_ff, ...]``, in the order of a fingerprint."""
+    rows = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias]
+    return [t.detach() for t in rows if t is not None]
+
+
+def _sizes(source: FFNWeights) -> list[Tensor]:
+    """Norm of each channel in each of ``_rows``, float32 ``[(E,) d_ff]``."""
+    rows, accumulate = _rows(source), torch.promote_types(source.gate.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(w, dim=-1, dtype=accumulate).to(torch.float32) for w in rows[:3]]
+    return norms + [b.to(torch.float32).abs() for b in rows[3:]]
+
+
+def _is_elsewhere(old: Tensor, new: Tensor) -> bool:
+    return old.device != new.device or old.data_ptr() != new.data_ptr()
 
 
 def _stacked(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from popmm.calls import input_shape, without_backward
 from popmm.compat import Cache, cache_of, find_cache
 from popmm.exclusive import Exclusive
 from popmm.padding import counted_tokens, first_copies
-from popmm.passes import GenerateWatch, Passes, warn_dense
+from popmm.passes import UNWIRED, GenerateWatch, Passes, warn_dense
 from popmm.prompt import PromptPass
 from popmm.sequence import Sequence, Sequences, has_past, past_tokens, remember_length
 
@@ -57,7 +57,8 @@ class Phase:
         self._ffns = ffns
         self.sequences = Sequences(self._identity)
         self._active: Sequence | None = None
-        self._warned_of_hooks = False
+        self._warned_of_hooks = self._warned_of_wires = False
+        self.is_wired: Callable[[], bool] = lambda: True  # set by attach
 
     @property
     def running(self) -> bool:
@@ -74,7 +75,7 @@ class Phase:
 
     def reset(self) -> None:
         """Forgets the partition and all statistics; the next pass of several tokens is a prompt."""
-        with self.exclusive("reset"):
+        with self.exclusive.between_passes("reset"):
             self.sequences = Sequences(self._identity)
             self._active, self.decoding = None, False
             for ffn in self._ffns:
@@ -110,8 +111,10 @@ class Phase:
                         f"makes dense: split it there, after {self.refresh_every - known.steps} tokens"
                     )
                 return self._decode(forward, args, kwargs, shape, cache)
-            if torch.is_grad_enabled() and any(ffn.layout.reorders for ffn in self._ffns):
-                forward = without_backward(forward)
+            if torch.is_grad_enabled():
+                forward = self._with_backward_refused(forward)
+            if known is not None and self.sequences.crop(cache, known) and known is self._active:
+                self._active = None  # part of its prompt is gone
             if shape[1] > 1 or not has_past(cache, known) or (self._begins() and known is not None):
                 return self._prefill(forward, args, kwargs, self._prompt_pass(arguments, shape, cache, known), cache)
             reason = self._why_dense(known)
@@ -121,6 +124,14 @@ class Phase:
                 prompt = self._prompt_pass(arguments, shape, cache, known, refreshes=True)
                 return self._prefill(forward, args, kwargs, prompt, cache)
             return self._decode(forward, args, kwargs, shape, cache)
+
+    def _with_backward_refused(self, forward: Callable) -> Callable:
+        """A forward whose outputs refuse gradients once the weights are stored otherwise than they were by then."""
+        if any(ffn.layout.reorders for ffn in self._ffns):
+            return without_backward(forward, lambda: True)
+        if any(ffn.layout.name == "permute" for ffn in self._ffns):
+            return without_backward(forward, lambda: self.released)
+        return forward
 
     def _begins(self) -> bool:
         """Whether this pass belongs to the prompt of a ``generate`` call, however few tokens a kept cache leaves it."""
@@ -157,20 +168,21 @@ class Phase:
             self.in_prompt = before
 
     @contextmanager
-    def generating(self, copies: int, fillers: set[int], begins: bool = True) -> Iterator[None]:
+    def generating(self, copies: int, fillers: set[int], drafts: bool = False) -> Iterator[None]:
         """One ``generate`` call.
 
         Args:
             copies: of each prompt in its batch.
             fillers: tokens that it feeds to rows that have ended.
-            begins: whether its first pass is a prompt: not if it goes on with a draft.
+            drafts: whether it goes on with a text that another model decides about.
         """
         before = self.copies, self.fillers, self.watch
-        watch = GenerateWatch(begun=not begins)
+        watch = GenerateWatch(drafts)
         try:
             self.copies, self.fillers, self.watch = copies, fillers, watch
             yield
-            watch.end(self.passes)
+            if not watch.begun:
+                self.warn_if_unwired()
         finally:
             self.copies, self.fillers, self.watch = before
 
@@ -228,15 +240,29 @@ class Phase:
         self._active.steps += 1
         return False
 
-    def seen(self, kind: str, reason: str = "") -> None:
-        """Counts a pass, and has the ``generate`` call in progress judge it."""
+    def seen(self, kind: str, reason: str = "", begins: bool = False) -> None:
+        """Counts a pass, and has the ``generate`` call in progress judge it.
+
+        Args:
+            begins: whether it began a cache: a prompt, also if it is not the first of its ``generate`` (guidance).
+        """
         self.passes.count(kind, reason)
         watch = self.watch
         if watch is not None:
-            in_prompt = self.in_prompt or not watch.begun
+            in_prompt = self.in_prompt or begins or not watch.begun
             watch.begun = True
             if not in_prompt:
                 watch.after_prompt(kind, reason or READ_AS_PROMPT, self.prunes)
+
+    def warn_if_unwired(self) -> None:
+        """Warns once if the decoder no longer runs by way of this phase."""
+        if not self._warned_of_wires and not self.is_wired():
+            self._warned_of_wires = True
+            warn_dense(UNWIRED)
+
+    def decodes(self, cache: Cache | None) -> bool:
+        """Whether a compiled step on this cache would read its own prompt's partition."""
+        return self._active is not None and self.sequences.on(cache) is self._active
 
     @property
     def prunes(self) -> bool:
@@ -265,13 +291,14 @@ class Phase:
             return ""
         if not known.has_tokens:
             return "no token of this cache's prompt counted, so there is nothing to rank channels by"
-        self._check_weights()
+        if self.watch is None or not self.watch.begun:  # else its own prompt has seen to that
+            self._check_weights()
         self._activate(known)
         return ""
 
     def _check_weights(self) -> None:
         """Before statistics are taken or used: the FFNs must be those that were attached."""
-        hooked = [ffn.name for ffn in self._ffns if ffn.check()]
+        hooked = [ffn.name for ffn in self._ffns if ffn.check() and not ffn.sizes.is_dense]
         if hooked and not self._warned_of_hooks:
             self._warned_of_hooks = True
             warnings.warn(
@@ -291,13 +318,12 @@ class Phase:
         return output
 
     def _dense(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache, reason: str):
-        if self.watch is None and self.prunes and self.sequences.is_new_stranger(cache):
+        # the first step of a generate is judged by its watch
+        is_new = self.sequences.is_new_stranger(cache)
+        if self.prunes and is_new and (self.watch is None or self.watch.judged):
             warn_dense(reason)
-        before, self.decoding, self.shape = self.decoding, False, shape
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            self.decoding = before
+        self.decoding, self.shape = False, shape  # and so it stays: the next step may be compiled, past this phase
+        output = forward(*args, **kwargs)
         self.seen("dense", reason)
         return output
 
@@ -319,7 +345,7 @@ class Phase:
         if prompt.refreshes:
             self.seen("dense", f"refreshes the partition (refresh_every={self.refresh_every})")
         else:
-            self.seen("prompt")
+            self.seen("prompt", begins=prompt.past == 0 and cache is not None)
         return output
 
     def _activate(self, sequence: Sequence) -> None:

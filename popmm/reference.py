@@ -47,7 +47,7 @@ def decode_mask(
     """Which channels pass for one token, bool ``[d_ff]``: all of R, the best ``budget - |R|`` of C."""
     scores = token_score(importance, h, down)
     best = sorted(candidate, key=lambda i: -scores[i])[: budget - len(retained)]
-    mask = torch.zeros(h.numel(), dtype=torch.bool)
+    mask = torch.zeros(h.numel(), dtype=torch.bool, device=h.device)
     mask[retained + best] = True
     return mask
 

@@ -114,6 +114,15 @@ class Sequences:
             return self.put(cache, sequence._copy(self._owner))
         return None
 
+    def crop(self, cache: Cache | None, known: Sequence) -> bool:
+        """Follows a cache that was cropped; whether that took part of its prompt. Reads no length from a device."""
+        length = tokens_in(cache)
+        if not known.earlier or length is None or (isinstance(length, Tensor) and length.device.type != "cpu"):
+            return False
+        before = known.statistics
+        known.crop(int(length))
+        return known.statistics is not before
+
     def is_new_stranger(self, cache: Cache) -> bool:
         """Whether this is the first step seen on a cache of which nothing is known."""
         met = getattr(cache, _MET, None) is self._owner

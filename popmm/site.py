@@ -188,7 +188,10 @@ class PrunedFFN(PrunedSite):
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the module's forward: dense at prefill and by itself, pruned at decode."""
         phase = self.phase
-        if not phase.decoding or not (torch.compiler.is_compiling() or phase.running):
+        if not (torch.compiler.is_compiling() or phase.running):
+            phase.warn_if_unwired()
+            return self.dense_forward(x)
+        if not phase.decoding:
             reads = self.wants_up and phase.prompt is not None
             return self.read(x) if reads else self.dense_forward(x)
         y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
@@ -243,6 +246,8 @@ class PrunedFFN(PrunedSite):
         (h,) = args
         with torch.inference_mode(False), torch.no_grad():
             flat, up = h.detach().flatten(0, -2), None
+            if self.site.factor is not None:  # what decode computes includes it, the down projection's input does not
+                flat = flat * self.site.factor()
             groups = prompt.groups_of(len(flat))
             if not groups:
                 return None
@@ -259,7 +264,9 @@ class PrunedFFN(PrunedSite):
         pooled = self.pooled(statistics)
         pruned = self.split(pooled, statistics.tokens, self.is_short(statistics, prompt.all_tokens)).pruned
         h = h.clone()
-        mean = pooled.mean[pruned].to(h.dtype) if self.config.fill == "mean" else 0.0
+        mean = 0.0
+        if self.config.fill == "mean":
+            mean = (pooled.mean[pruned] / (1.0 if self.site.factor is None else self.site.factor())).to(h.dtype)
         h[..., self.layout.positions(pruned)] = mean
         return (h,)
 

@@ -147,7 +147,7 @@ class PartitionState:
         """
         if not isinstance(saved, Sequence):
             raise TypeError(f"{type(saved).__name__}: give what state.save_statistics(cache) returned")
-        with self._phase.exclusive("load_statistics"):
+        with self._phase.exclusive.between_passes("load_statistics"):
             self._phase.sequences.load(cache, saved)
 
     def buffer_bytes(self) -> int:
@@ -221,7 +221,8 @@ class PartitionState:
 
     def repartition(self) -> None:
         """Makes all partitions anew from the statistics at hand."""
-        self._phase.repartition()
+        with self._phase.exclusive.between_passes("repartition"):
+            self._phase.repartition()
 
     def simulated_decode(self):
         """Context in which passes of several tokens are decode: each token is pruned as if it came alone.

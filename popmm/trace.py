@@ -29,7 +29,7 @@ class Trace(Mapping[str, Tensor]):
             raise ValueError(
                 f"this trace holds steps of batch sizes {sorted(batches)}: trace one generate call at a time"
             )
-        return torch.cat(steps) if steps else torch.zeros(0, 0, *self._shapes[name], dtype=torch.bool)
+        return torch.cat(steps) if steps else torch.zeros(0, 0, *self._shapes[name], dtype=torch.bool, device="cpu")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._steps)

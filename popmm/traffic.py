@@ -135,7 +135,7 @@ def int8_saving(model) -> tuple[int, int]:
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, in GB, that copying a large tensor reads and writes."""
     n = COPIED if device.type == "cuda" else COPIED // 8
-    source = torch.ones(n, device=device)
+    source = torch.ones(n, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     times = []
     for _ in range(5):

@@ -15,7 +15,7 @@ from torch import nn
 
 from popmm.adapters.vlm import Surroundings
 from popmm.calls import Arguments, input_shape
-from popmm.compat import BATCHING_CALLS, CONTINUOUS_BATCHING, generate_settings, is_exporting
+from popmm.compat import BATCHING_CALLS, CONTINUOUS_BATCHING, find_cache, generate_settings, is_exporting
 from popmm.experts_interface import check_switched
 from popmm.phase import Phase
 
@@ -84,7 +84,7 @@ def exclusive(generate: Callable, phase: Phase) -> Callable:
                 raise RuntimeError(CONTINUOUS_BATCHING)
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
-            with phase.generating(copies, fillers, begins=not setting("is_assistant")):
+            with phase.generating(copies, fillers, drafts=bool(setting("is_assistant"))):
                 return generate(*args, **kwargs)
 
     return exclusive_generate
@@ -122,7 +122,9 @@ def compiled(get_compiled_call: Callable, phase: Phase, refreshes: bool) -> Call
 
         def counted(*args, **kwargs):
             ids = kwargs.get("input_ids")
-            is_step = not phase.in_prompt and phase.decoding and ids is not None and ids.shape[1] == 1
+            is_step = not phase.in_prompt and ids is not None and ids.shape[1] == 1
+            if is_step and not phase.decodes(find_cache(kwargs)):
+                return model(*args, **kwargs)  # eagerly: it has another partition to make, or none
             if refreshes and is_step and phase.compiled_step():
                 return model(*args, **kwargs)
             before = phase.passes.total

@@ -77,7 +77,7 @@ def picture_of(model) -> dict:
         for key, value in vars(module).items():
             if isinstance(value, dict):
                 found[name, key] = {k: id(v) for k, v in value.items() if not isinstance(v, torch.Tensor)}
-            elif key != "_previous_max_cache_length":
+            else:
                 found[name, key] = id(value)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         raw = tensor.detach().contiguous().view(torch.uint8)

@@ -2,9 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +10,6 @@ from PIL import Image
 
 import popmm
 from popmm import zoo
-from popmm.arguments import listed
 from popmm.cli import main
 from popmm.compare import check_pruned, compare, comparison_table
 from popmm.loading import encode, load_model
@@ -80,8 +76,8 @@ def test_generate_compare_shows_both_and_their_cost(model, capsys):
     assert "dense" in out and "gate, 20% pruned" in out and "tokens/s" not in out
     for words in ("tokens/s", "FFN bytes per token", "partition time", "same leading tokens"):
         assert words in err
-    # in float32 all that 20 % saves is the rounding of the gate rows
-    assert row(err, "FFN channels skipped") == ["0.0%", "0.0%"]
+    # in float32 nearly all that 20 % saves is the rounding of the gate rows
+    assert row(err, "FFN channels skipped") == ["0.0%", "0.0%" if model == "zoo:stories" else "0.4%"]
 
 
 def test_channels_skipped_are_those_outside_the_budget(capsys):
@@ -162,50 +158,6 @@ def test_a_comparison_of_nothing_decoded_has_no_agreement():
     assert row(to_text(comparison_table(runs)), "top-1 along the dense text") == ["-", "-"]
 
 
-def test_weights_are_loaded_as_the_checkpoint_has_them(with_template):
-    assert load_model(str(with_template))[0].dtype == torch.bfloat16
-    assert load_model(str(with_template), dtype="float32")[0].dtype == torch.float32
-    assert load_model("zoo:stories", device="cpu")[0].dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "name", ["models/{}", "./nothing", "../nothing", "~/nothing", "a/b/c", "model.gguf", "x/y.gguf"]
-)
-def test_a_path_that_is_not_there_is_never_asked_of_the_hub(name, tmp_path, monkeypatch):
-    (tmp_path / "models" / "other").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("popmm.loading.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(ValueError, match="there is no such folder or file") as error:
-        load_model(name)
-    assert ("folders there: other" in str(error.value)) == name.startswith("models/")
-
-
-def test_names_of_the_hub_are_left_to_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-
-    def refuse(name, **_):
-        asked.append(name)
-        raise OSError("we could not connect\nand so on")
-
-    monkeypatch.setattr("popmm.loading.AutoConfig.from_pretrained", refuse)
-    for name in ("owner/Model-0.5B", "gpt2"):
-        with pytest.raises(ValueError, match=f"--model {name}: no folder here, .*could not connect"):
-            load_model(name)
-    with pytest.raises(ValueError, match=r"did you mean zoo:stories\?"):
-        load_model("stories")
-    assert asked == ["owner/Model-0.5B", "gpt2", "stories"]
-
-
-def test_a_folder_is_a_folder_whatever_its_name(with_template, monkeypatch):
-    monkeypatch.chdir(with_template.parent)
-    for name in ("instruct", "./instruct"):
-        assert load_model(name)[0].dtype == torch.bfloat16
-    (with_template.parent / "empty").mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match="--model empty: this folder holds no config.json"):
-        load_model("empty")
-
-
 def test_a_prompt_beyond_the_models_context_is_refused_before_it_runs(capsys, monkeypatch):
     monkeypatch.setattr("transformers.GenerationMixin.generate", lambda *_, **__: pytest.fail("ran"))
     for arguments in (["generate"], ["generate", "--compare"], ["inspect"]):
@@ -215,64 +167,6 @@ def test_a_prompt_beyond_the_models_context_is_refused_before_it_runs(capsys, mo
     assert "a prompt of 600 tokens and 128 new ones are more than the model's 512" in capsys.readouterr().err
     assert main(["eval", "--context", "500", "--continuation", "13"]) == 2
     assert "a prompt of 500 tokens and 13 new ones" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("separator", [",", ", ", ";", "; "])
-def test_names_that_hold_a_comma_are_one_name(separator):
-    names = ["mask", "gate, 4 bit", "gate", "mask, experts share a partition", "keep"]
-    assert listed(separator.join(names), METHODS) == names
-    assert listed("gate,4 bit,gate", METHODS) == ["gate, 4 bit", "gate"]
-    assert listed("nonsense, gate", METHODS) == ["nonsense", "gate"]
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["generate", "--nonsense"], ["generate", "--seed", "x"]]
-)
-def test_help_and_wrong_options_answer_without_loading_torch(arguments):
-    code = "import sys; from popmm.cli import main\n"
-    code += "try: main(sys.argv[1:])\nfinally: print('torch' in sys.modules, 'transformers' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert run.stdout.splitlines()[-1] == "False False"
-    if "--help" not in arguments and "--version" not in arguments:
-        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "--help lists" in run.stderr
-
-
-def test_help_answers_at_once():
-    times = []
-    for _ in range(3):  # the machine may be busy: the best of three
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "popmm.cli", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
-
-
-def test_settings_are_checked_before_torch_is_loaded():
-    code = "import sys; from popmm.cli import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
-    for arguments in (["generate", "--pruning-ratio", "1.2"], ["eval", "--ratios", "x"], ["chat", "--fill", "x"]):
-        run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-        assert run.stdout == "2 False\n"
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["--version"])
-    assert end.value.code == 0 and capsys.readouterr().out == f"popmm {popmm.__version__}\n"
-
-
-def test_the_help_of_chat_tells_its_own_ratio(capsys):
-    for command, ratio in (("chat", "0.2"), ("generate", "0.4")):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        assert f"share of block weights ({ratio})" in capsys.readouterr().out
-
-
-def test_the_surface_is_loaded_when_asked_for():
-    code = "import sys, popmm; assert 'torch' not in sys.modules\n"
-    code += "import popmm.evaluate, popmm.attach\n"
-    code += "assert callable(popmm.attach) and popmm.attach.__name__ == 'attach', popmm.attach\n"
-    code += "assert popmm.conversation.Conversation and popmm.adapters.describe and popmm.zoo.load and popmm.budget\n"
-    code += "assert all(hasattr(popmm, name) for name in popmm.__all__) and not hasattr(popmm, 'nonsense')"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("model", ["zoo:stories", "zoo:stories-moe"])
@@ -305,6 +199,7 @@ def test_our_own_calls_use_nothing_deprecated(recwarn, monkeypatch, capsys):
 
     logged = []
     logger = logging.get_logger("transformers")
+    type(logger).warning_once.cache_clear()
     monkeypatch.setattr(type(logger), "warning", lambda self, message, *_, **__: logged.append(message))
     model, tokenizer = zoo.load("stories")
     model_shapes, processor = zoo.load("shapes")

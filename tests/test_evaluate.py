@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import popmm
+from popmm.compat import cache_argument, cache_of
 from popmm.evaluate import Case, Wanted, evaluate, with_greedy
 from popmm.methods import METHODS, methods_for
 from popmm.tables import rows_to_markdown
@@ -27,11 +28,11 @@ def test_one_simulated_pass_equals_decoding_token_by_token(name, build, selectio
     prompt, continuation = tiny.prompt(12), tiny.prompt(7, seed=1)
     band = None if selection == "gate" else 0.3
     with popmm.pruned(model, ffn_ratio=0.4, candidate_fraction=band, selection=selection) as state:
-        cache = model(prompt).past_key_values
-        one_by_one = [model(continuation[:, i : i + 1], past_key_values=cache).logits for i in range(7)]
-        cache = model(prompt).past_key_values
+        kept = cache_argument(model, cache_of(model(prompt)))
+        one_by_one = [model(continuation[:, i : i + 1], **kept).logits for i in range(7)]
+        kept = cache_argument(model, cache_of(model(prompt)))
         with state.simulated_decode(), state.trace() as trace:
-            at_once = model(continuation, past_key_values=cache).logits
+            at_once = model(continuation, **kept).logits
     torch.testing.assert_close(at_once, torch.cat(one_by_one, 1), atol=1e-4, rtol=0)
     assert all(mask.shape[0] == 7 for mask in trace.values())
 
@@ -49,8 +50,8 @@ def test_rows_hold_the_measures_of_the_definition(llama):
             with torch.no_grad():
                 reference = llama(ids[None]).logits[0, 10:-1].log_softmax(-1)
                 with popmm.pruned(llama, pruning_ratio=0.3, selection="keep"):
-                    cache = llama(ids[None, :10]).past_key_values
-                    own = [llama(ids[None, i : i + 1], past_key_values=cache).logits[0] for i in range(10, 19)]
+                    kept = cache_argument(llama, cache_of(llama(ids[None, :10])))
+                    own = [llama(ids[None, i : i + 1], **kept).logits[0] for i in range(10, 19)]
                 reference_text = llama.generate(ids[None, :10], do_sample=False, max_new_tokens=6)[0, 10:]
                 with popmm.pruned(llama, pruning_ratio=0.3, selection="keep"):
                     text = llama.generate(ids[None, :10], do_sample=False, max_new_tokens=6)[0, 10:]
@@ -68,13 +69,18 @@ def test_rows_hold_the_measures_of_the_definition(llama):
     assert keep.top1 == pytest.approx(sum(agreements) / 2)
     assert keep.kl_spread == pytest.approx(abs(kls[0] - kls[1]) / 2**0.5, rel=1e-2)
     assert keep.prefix == pytest.approx(sum(prefixes) / 2)
-    assert "| keep | 30% pruned |" in rows_to_markdown(rows)
+    with popmm.pruned(llama, pruning_ratio=0.3, selection="keep") as state:
+        llama(texts[0][None])
+        computed = {len(p.retained) + len(p.candidate) for p in state.layers.values()}.pop()
+    assert dense.channels_skipped == 0 and keep.channels_skipped == pytest.approx(1 - computed / 80)
+    assert f"| keep | 30% pruned | {keep.bytes_share:.1%} | {keep.channels_skipped:.1%} |" in rows_to_markdown(rows)
 
 
 def test_all_rescored_reads_all_gate_and_up_rows(llama):
     cases = cases_of([tiny.prompt(20)[0]], context=10)
     (_, row) = evaluate(llama, [cases], [Wanted("all re-scored", pruning_ratio=0.3)], popmm.PopConfig())
     ratio = popmm.budget.ffn_ratio(llama, 0.3)
+    assert row.channels_skipped == pytest.approx(1 - round((1 - ratio) * 80) / 80, abs=1e-6)
     assert row.bytes_share == pytest.approx((2 * 80 + round((1 - ratio) * 80)) / (3 * 80), abs=1e-6)
 
 

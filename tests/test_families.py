@@ -8,6 +8,8 @@ from popmm.adapters import describe
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BertConfig,
     BertLMHeadModel,
     BertModel,
@@ -212,3 +214,22 @@ def test_a_skipped_layer_of_unknown_form_counts_as_before():
 
 def test_tiny_families_are_built_from_their_own_settings():
     assert len(tiny_families.KNOWN) > 10 and tiny.VOCAB == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_every_family_of_transformers_is_described_or_refused(auto):
+    outcomes = {}
+    for config in auto._model_mapping:
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(config()).eval()
+        except Exception:  # a family whose defaults do not build says nothing
+            continue
+        try:
+            description = describe(model, probe=False)
+            outcomes[config.model_type] = len(list(description.sites()))
+        except popmm.UnsupportedModelError:
+            outcomes[config.model_type] = 0
+    assert len(outcomes) > 50
+    assert sum(sites > 0 for sites in outcomes.values()) > 0.5 * len(outcomes)

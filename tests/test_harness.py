@@ -11,6 +11,7 @@ import torch
 import popmm
 from popmm import zoo
 from popmm.cli import main
+from popmm.compat import cache_argument, cache_of
 from popmm.presets import PRESETS
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -104,7 +105,7 @@ def test_likelihood_of_a_continuation_is_that_of_decoding_it(stories, selection)
                 out = model(torch.tensor([context]))
                 logits = [out.logits[0, -1]]
                 for token in ending[:-1]:  # one by one
-                    step = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
+                    step = model(torch.tensor([[token]]), **cache_argument(model, cache_of(out)))
                     logits.append(step.logits[0, -1])
             own = torch.stack(logits).log_softmax(-1)
             expected = own.gather(1, torch.tensor(ending)[:, None]).sum().item()
@@ -139,10 +140,8 @@ def test_a_batch_shares_a_partition_of_all_its_prompts_but_no_padding(stories):
             for token in ending[:-1]:
                 own_mask, at = torch.cat([own_mask, torch.ones(3, 1, dtype=torch.long)], 1), at + 1
                 step = torch.full((3, 1), token)
-                past = out.past_key_values
-                logits.append(
-                    model(step, attention_mask=own_mask, position_ids=at, past_key_values=past).logits[row, -1]
-                )
+                past = cache_argument(model, cache_of(out))
+                logits.append(model(step, attention_mask=own_mask, position_ids=at, **past).logits[row, -1])
             own = torch.stack(logits).log_softmax(-1)
             expected = own.gather(1, torch.tensor(ending)[:, None]).sum().item()
             # in larger batches gate lets all channels pass, simulated decode each token's best

@@ -134,6 +134,153 @@ def test_choosing_among_odd_scores(module):
         assert module.choose(score, k).tolist() == [sorted(order[:k])]
 
 
+def arguments():
+    """Rows, index, x, h, codes, scales and block of one token."""
+    generator = torch.Generator().manual_seed(0)
+    rows, x = torch.randn(12, 32, generator=generator), torch.randn(2, 32, generator=generator)
+    index = torch.randint(0, 12, (2, 5), generator=generator)
+    codes, scale = twin.quantise(rows, 4, 32)
+    return dict(rows=rows, index=index, x=x, h=torch.randn(2, 5, generator=generator), codes=codes, scale=scale) | dict(
+        block=torch.tensor([0, 2]), matrices=rows.view(3, 4, 32)
+    )
+
+
+CALLS = {
+    "gather_dot": lambda room, a: room.gather_dot(a["rows"], a["index"], a["x"]),
+    "gather_sum": lambda room, a: room.gather_sum(a["rows"], a["index"], a["h"]),
+    "block_dot": lambda room, a: room.block_dot(a["matrices"], a["x"], a["block"]),
+    "quantised_dot": lambda room, a: room.quantised_dot(a["codes"], a["scale"], a["x"], 4, 32, a["block"], 4),
+}
+
+
+def without_memory(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+REFUSED = [
+    (
+        "gather_dot",
+        dict(index=lambda t: t.clone().index_fill_(1, torch.tensor(3), 12)),
+        ValueError,
+        "index 12.*0 to 11",
+    ),
+    ("gather_sum", dict(index=lambda t: t - 20), ValueError, "index -"),
+    ("block_dot", dict(block=lambda t: t + 1), ValueError, "index 3.*0 to 2"),
+    ("quantised_dot", dict(block=lambda t: t - 1), ValueError, "index -1.*0 to 2"),
+    ("gather_dot", dict(index=lambda t: t.float()), TypeError, "index is float32"),
+    ("gather_sum", dict(index=lambda t: t > 3), TypeError, "index is bool"),
+    ("gather_dot", dict(index=lambda t: t[0]), ValueError, "give 2 dimensions"),
+    ("block_dot", dict(block=lambda t: t[0]), ValueError, "give 1 dimensions"),
+    ("gather_dot", dict(x=lambda t: t[:, :31]), ValueError, r"x is float32 \(2, 31\).*give \(2, 32\)"),
+    ("gather_dot", dict(x=lambda t: t[:1]), ValueError, r"give \(2, 32\)"),
+    ("gather_sum", dict(h=lambda t: t.T), ValueError, r"give \(2, 5\)"),
+    ("block_dot", dict(x=lambda t: t.long()), TypeError, "x is int64"),
+    ("quantised_dot", dict(x=lambda t: t[:, :16]), ValueError, r"give \(2, 32\)"),
+    ("quantised_dot", dict(codes=lambda t: t.to(torch.int8)), TypeError, "codes are int8"),
+    ("quantised_dot", dict(scale=lambda t: t.float()), TypeError, "scales float32"),
+    ("quantised_dot", dict(scale=lambda t: t[:8]), ValueError, r"scales of shape \(8, 1\)"),
+    ("quantised_dot", dict(codes=lambda t: t[:, :8]), ValueError, r"codes of shape \(12, 8\)"),
+    ("quantised_dot", dict(codes=lambda t: t[:10], scale=lambda t: t[:10]), ValueError, "n_rows=4"),
+    ("gather_dot", dict(rows=lambda t: t.double()), TypeError, "rows are float64"),
+    ("gather_dot", dict(rows=lambda t: t.half()), TypeError, "rows are float16"),
+    ("block_dot", dict(matrices=lambda t: t[0]), TypeError, "matrices are"),
+    ("gather_sum", dict(rows=lambda t: t.T.contiguous().T), TypeError, "rows are"),
+    ("gather_dot", dict(x=lambda t: t.to("meta")), ValueError, "on meta"),
+    ("gather_dot", dict(rows=without_memory), ValueError, "no memory"),
+    ("gather_sum", dict(h=without_memory), ValueError, "no memory"),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, changes, error, message", REFUSED)
+def test_what_c_would_read_past_is_refused(name, changes, error, message):
+    given = arguments()
+    for argument, change in changes.items():
+        given[argument] = change(given[argument])
+    with pytest.raises(error, match=message):
+        CALLS[name](native, given)
+
+
+ODD = {
+    "int32 index": dict(index=lambda t: t.int(), block=lambda t: t.int()),
+    "index with gaps": dict(index=lambda t: t.T.contiguous().T, block=lambda t: t.repeat_interleave(2)[::2]),
+    "one row many times": dict(rows=lambda t: t[3].expand(12, 32), matrices=lambda t: t[:1].expand(3, 4, 32)),
+    "columns in one piece": dict(rows=lambda t: t.T.contiguous().T, matrices=lambda t: t.mT.contiguous().mT),
+    "x with gaps": dict(x=lambda t: t.T.contiguous().T, h=lambda t: t.T.contiguous().T),
+    "one x for all": dict(x=lambda t: t[:1].expand(2, 32), h=lambda t: t[:, :1].expand(2, 5)),
+    "negated view": dict(rows=torch._neg_view, matrices=torch._neg_view, x=torch._neg_view, h=torch._neg_view),
+    "codes with gaps": dict(codes=lambda t: t.T.contiguous().T, scale=lambda t: t.expand(12, 2)[:, :1]),
+    "no token": dict(index=lambda t: t[:0], x=lambda t: t[:0], h=lambda t: t[:0], block=lambda t: t[:0]),
+    "no row": dict(index=lambda t: t[:, :0], h=lambda t: t[:, :0]),
+    "float64 x": dict(x=lambda t: t.double(), h=lambda t: t.double()),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", CALLS)
+def test_odd_tensors_are_served(name, odd):
+    given = arguments()
+    for argument, change in ODD[odd].items():
+        given[argument] = change(given[argument])
+    asked = given["h" if name == "gather_sum" else "x"]
+    found = CALLS[name](kernels, given)
+    plain = {key: t.resolve_neg().clone(memory_format=torch.contiguous_format) for key, t in given.items()}
+    plain = {key: t.long() if key in ("index", "block") else t for key, t in plain.items()}
+    assert found.dtype == asked.dtype
+    torch.testing.assert_close(found.float(), CALLS[name](twin, plain), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("module", [twin, pytest.param(native, marks=needs_compiler)])
+def test_no_more_than_there_are_can_be_chosen(module):
+    score = torch.randn(2, 5)
+    assert module.choose(score, 0).shape == (2, 0)
+    assert module.choose(score[:0], 3).shape == (0, 3)
+    assert torch.equal(module.choose(score.double().T.contiguous().T, 2), module.choose(score, 2))
+    for k in (-1, 6):
+        with pytest.raises(ValueError, match=f"k={k} highest"):
+            module.choose(score, k)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_keep_their_dtype_whatever_the_default(room, name):
+    given = {key: t.to(device_of(room)) for key, t in arguments().items()}
+    expected = CALLS[name](room, given)
+    torch.set_default_dtype(torch.float64)  # a larger one: a buffer that took it would be read wrongly, not overrun
+    try:
+        found = CALLS[name](room, given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_scales_count_where_denormal_numbers_do_not(room, bits):
+    torch.manual_seed(0)
+    x, block = torch.randn(2, 64), torch.zeros(2, dtype=torch.int64)
+    codes, scale = twin.quantise(torch.randn(9, 64) * torch.logspace(-7, 2, 9)[:, None], bits, 64)
+    given = [t.to(device_of(room)) for t in (codes, scale, x, block)]
+    expected = room.quantised_dot(*given[:3], bits, 64, given[3], 9)
+    plain = (x.double() @ twin.dequantise(codes, scale, bits, 64).double().T).float()
+    torch.testing.assert_close(expected.cpu(), plain, rtol=1e-4, atol=1e-9)
+    torch.set_flush_denormal(True)
+    try:
+        found = room.quantised_dot(*given[:3], bits, 64, given[3], 9)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_does_not_round_what_kernels_compute(room, name):
+    given = {key: t.to(device_of(room)) for key, t in arguments().items()}
+    expected = CALLS[name](room, given)
+    with torch.autocast(device_of(room), torch.bfloat16):
+        assert torch.equal(CALLS[name](room, given), expected)
+        assert all(map(torch.equal, twin.quantise(arguments()["rows"], 4, 32), (given["codes"], given["scale"])))
+
+
 def test_operators_compile_into_one_graph():
     (rows, index, x, h), _ = case(2, 40, 64, 9, torch.float32, False, "cpu")
     codes, scale = twin.quantise(rows, 4, 64)

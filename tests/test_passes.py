@@ -231,7 +231,160 @@ def test_an_ffn_called_by_itself_is_dense(llama):
         assert torch.equal(llama.model.layers[0].mlp(x), expected)
 
 
-# Threads
+@pytest.mark.parametrize("act", ["detach", "reset", "load_statistics", "repartition"])
+@pytest.mark.parametrize("layout", ["copy", "permute"])
+def test_acts_inside_a_forward_are_refused(llama, layout, act):
+    with popmm.pruned(llama, CONFIG.replace(layout=layout)) as state:
+        _, cache = run(llama, tiny.prompt(9))
+        calls = {
+            "detach": lambda: popmm.detach(llama),
+            "reset": state.reset,
+            "load_statistics": lambda: state.load_statistics(cache, state.save_statistics(cache)),
+            "repartition": state.repartition,
+        }
+        handle = llama.model.layers[1].register_forward_pre_hook(lambda *args: calls[act]() and None)
+        with pytest.raises(RuntimeError, match=f"{act} was called from inside the model's own forward"):
+            step(llama, cache)
+        handle.remove()
+        step(llama, cache)
+
+
+def test_gradients_of_a_pass_under_turned_weights_are_refused_after_detach():
+    model, _ = popmm.zoo.load("stories")
+    ids = torch.arange(5, 25)[None]
+    early = model(ids, labels=ids).loss  # before attach
+    with popmm.pruned(model, selection="gate", layout="permute"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            early.backward()
+        loss = model(ids, labels=ids).loss
+        model(ids, labels=ids).loss.backward()  # both while attached: right
+    found = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    with pytest.raises(RuntimeError, match="gradients through an attached model"):
+        loss.backward()
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(found, model.model.layers[0].mlp.up_proj.weight.grad)
+
+
+# Several caches, models and threads
+
+
+def test_a_reset_in_the_middle_of_a_generate_warns_once(llama):
+    def reset(ids, scores, **kwargs):
+        if ids.shape[1] == 12:
+            state.reset()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with popmm.pruned(llama, CONFIG) as state:
+        with pytest.warns(NotPrunedWarning) as caught:
+            llama.generate(tiny.prompt(9), max_new_tokens=9, do_sample=False, stopping_criteria=[reset])
+        assert len(caught) == 1
+        assert dict(state.passes) == {"prompt": 1, "decode": 2, "dense": 6}
+
+
+@pytest.mark.parametrize("negative", [True, False])
+def test_guidance_decodes_pruned_and_does_not_warn(llama, negative):
+    how = dict(negative_prompt_ids=tiny.prompt(4, seed=3)) if negative else {}
+    with popmm.pruned(llama, CONFIG) as state, warnings.catch_warnings():
+        warnings.simplefilter("error", NotPrunedWarning)
+        llama.generate(tiny.prompt(9), max_new_tokens=5, do_sample=False, guidance_scale=1.5, **how)
+        assert state.passes["decode"] == 8 and state.passes["dense"] == 0
+
+
+def test_a_pruned_assistant_does_not_warn(llama):
+    target = tiny.build(tiny.DENSE["llama"], seed=1)
+    with popmm.pruned(llama, CONFIG), warnings.catch_warnings():
+        warnings.simplefilter("error", NotPrunedWarning)
+        target.generate(tiny.prompt(9), max_new_tokens=8, do_sample=False, assistant_model=llama)
+
+
+def test_a_cropped_turn_is_forgotten_by_the_next_step(llama):
+    with popmm.pruned(llama, CONFIG) as state:
+        _, twin = run(llama, tiny.prompt(9))
+        expected = step(llama, twin)
+        _, cache = run(llama, tiny.prompt(9))
+        run(llama, tiny.prompt(14, seed=2), cache)
+        cache.crop(-14)
+        assert torch.equal(step(llama, cache), expected)
+        assert state.layers[NAME].tokens == 9
+
+
+def test_a_compiled_step_on_an_unknown_cache_is_dense(llama):
+    from transformers import CompileConfig, StaticCache
+
+    compile_config = CompileConfig(fullgraph=True, backend="eager")
+    compile_config._compile_all_devices = True
+    ids, how = tiny.prompt(9), dict(do_sample=False, max_new_tokens=6, compile_config=compile_config)
+    longer = torch.cat([ids, tiny.prompt(1, seed=1)], 1)
+
+    def filled():
+        cache = StaticCache(config=llama.config, max_cache_len=32)
+        run(llama, ids, cache)
+        return compat.cache_argument(llama, cache)
+
+    dense, known = llama.generate(longer, **how, **filled()), filled()
+    with popmm.pruned(llama, CONFIG) as state:
+        llama.generate(tiny.prompt(7, seed=2), do_sample=False, max_new_tokens=3)
+        with pytest.warns(NotPrunedWarning) as caught:
+            out = llama.generate(longer, **how, **known)
+        assert len(caught) == 1 and torch.equal(out, dense)
+        assert dict(state.passes) == {"prompt": 1, "decode": 2, "dense": 6}
+
+
+def test_a_forward_that_leads_past_the_phase_warns(llama):
+    with popmm.pruned(llama, CONFIG) as state:
+        llama.generate(tiny.prompt(9), max_new_tokens=3, do_sample=False)
+        ours = llama.model.__dict__.pop("forward")
+        with pytest.warns(NotPrunedWarning, match="forward was replaced while attached") as caught:
+            run(llama, tiny.prompt(9))
+            run(llama, tiny.prompt(9))
+        assert len(caught) == 1 and state.passes["prompt"] == 1
+        llama.model.__dict__["forward"] = ours
+
+
+@pytest.mark.parametrize("layout", ["copy", "permute"])
+def test_models_that_share_layers_cannot_both_be_attached(llama, layout):
+    other = tiny.build(tiny.DENSE["llama"], seed=1)
+    other.model.layers = llama.model.layers
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    with popmm.pruned(llama, CONFIG.replace(layout=layout)):
+        with pytest.raises(RuntimeError, match="model.layers.0.mlp belongs to another attached model too"):
+            popmm.attach(other, CONFIG.replace(layout=layout))
+        llama.generate(tiny.prompt(9), max_new_tokens=3, do_sample=False)
+    with popmm.pruned(other, CONFIG):
+        other.generate(tiny.prompt(9), max_new_tokens=3, do_sample=False)
+    assert not any("forward" in vars(module) for module in other.modules())
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
+def test_pruned_waits_for_a_thread_that_still_generates(llama):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(ids, scores, **kwargs):
+        begun.set()
+        go_on.wait(10)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    def generate():
+        llama.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False, stopping_criteria=[hold])
+
+    thread = threading.Thread(target=generate)
+    with popmm.pruned(llama, CONFIG):
+        thread.start()
+        assert begun.wait(10)
+        threading.Timer(0.3, go_on.set).start()
+    thread.join()
+    assert MARKER not in llama.model.__dict__
+    assert not any("forward" in vars(module) for module in llama.modules())
+
+
+def test_detach_forgets_the_length_of_our_static_caches(llama):
+    how = dict(max_new_tokens=3, do_sample=False, cache_implementation="static")
+    llama.generate(tiny.prompt(5), **how)
+    before = vars(llama)[compat.CACHE_LENGTH]
+    with popmm.pruned(llama, CONFIG):
+        llama.generate(tiny.prompt(9), **how)
+    assert vars(llama)[compat.CACHE_LENGTH] == before
 
 
 def test_of_threads_that_attach_at_once_one_succeeds():

@@ -102,7 +102,8 @@ def test_decode_reads_the_models_own_weights(model):
         storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
         for ffn in state._ffns:
             assert all(w.untyped_storage().data_ptr() in storages for w in ffn.layout.weights[:3])
-        per_channel = 8 + 4 * (2 + 5)  # its place; its norms; fingerprints of three weights and two biases
+        # its place; its norms; fingerprints and norms of three weights and two biases
+        per_channel = 8 + 4 * (2 + 2 * 5)
         floats = sum(per_channel * ffn.layout.norms.numel() for ffn in state._ffns)
         assert state.buffer_bytes() <= floats
 

@@ -40,7 +40,7 @@ def qwen2_vl():
     tokenizer = zoo.load("shapes")[1].tokenizer
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
-        text_config={**tiny_vlm.QWEN2_TEXT, "vocab_size": len(tokenizer)},
+        text_config={**tiny_vlm.QWEN2_TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 8192},
         vision_config={**tiny_vlm.QWEN2_VISION, "patch_size": 14},
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
@@ -60,7 +60,7 @@ def llava():
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config={**tiny.DENSE["llama"].to_dict(), "vocab_size": len(tokenizer)},
+        text_config={**tiny.DENSE["llama"].to_dict(), "vocab_size": len(tokenizer), "max_position_embeddings": 8192},
         image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
     )
     processor = LlavaProcessor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -90,7 +91,9 @@ def test_a_generate_whose_forward_was_replaced_warns(llama):
     with popmm.pruned(llama, RATIO) as state:
         ours = decoder.__dict__["forward"]
         decoder.__dict__["forward"] = ours.__wrapped__
-        with pytest.warns(NotPrunedWarning, match="none of this call's passes were seen"):
+        with pytest.warns(
+            NotPrunedWarning, match="forward was replaced while attached, so popmm sees none of its passes"
+        ):
             llama.generate(tiny.prompt(9), max_new_tokens=3, do_sample=False)
         assert state.passes.total == 0
         decoder.__dict__["forward"] = ours
@@ -116,7 +119,6 @@ def test_refreshes_are_counted_as_dense_with_their_reason(llama):
 def test_compiled_steps_are_counted(llama):
     ids, how = tiny.prompt(9), dict(do_sample=False, max_new_tokens=6, cache_implementation="static")
     with popmm.pruned(llama, RATIO) as state:
-        wrapped = llama.get_compiled_call(None)
         before = dict(state.passes)
         llama.generate(ids, **how)
         assert state.passes["decode"] == before["decode"] + 5
@@ -124,11 +126,10 @@ def test_compiled_steps_are_counted(llama):
         def unseen(*args, **kwargs):
             return "output"
 
-        state._phase.decoding = True
+        cache = compat.cache_of(llama(ids))
         step = _with_step(llama, state, unseen)
-        assert step(input_ids=tiny.prompt(1)) == "output"
+        assert step(input_ids=tiny.prompt(1), **compat.cache_argument(llama, cache)) == "output"
         assert state.passes["decode"] == before["decode"] + 6
-        assert callable(wrapped)
 
 
 def _with_step(model, state, step):
@@ -178,3 +179,26 @@ def test_a_version_without_an_internal_step_warns():
 
     with pytest.warns(UserWarning, match="has no GenerationMixin._no_such_step"):
         assert compat.internal(Bare(), "_no_such_step") is None
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def _bounds() -> dict[str, str]:
+    return dict(re.findall(r'"(torch|transformers|torchvision)>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text()))
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    asked = subprocess.run(["make", "-n", "test-oldest"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    if "pip install" not in asked:  # the environment is there already
+        asked = subprocess.run(["make", "-Bn", "test-oldest"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert dict(re.findall(r"'([a-z]+)==([0-9.]+)\.\*'", asked)) == _bounds()
+
+
+def test_the_tested_versions_lie_within_the_bounds():
+    locked = dict(re.findall(r"^([a-z]+)==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+
+    def number(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")))
+
+    assert all(number(locked[name]) >= number(bound) for name, bound in _bounds().items())

@@ -210,7 +210,7 @@ def test_accelerate_hooks_may_come_while_attached_and_go_after_detach(model):
 
 
 def test_shared_memory_and_views_of_a_flat_buffer_survive(model):
-    """``gate`` with ``permute`` stores down by channel, in the same memory."""
+    """``gate`` with ``permute`` stores down by channel, but not where others read it."""
     flat = torch.cat([layer.mlp.down_proj.weight.detach().flatten() for layer in model.model.layers])
     for part, layer in zip(flat.chunk(2), model.model.layers):
         layer.mlp.down_proj.weight.data = part.view(layer.mlp.down_proj.weight.shape)
@@ -218,8 +218,72 @@ def test_shared_memory_and_views_of_a_flat_buffer_survive(model):
     before, places = flat.clone(), [layer.mlp.down_proj.weight.data_ptr() for layer in model.model.layers]
     with popmm.pruned(model, ffn_ratio=0.4, selection="gate", layout="permute"):
         model.generate(tiny.prompt(9), max_new_tokens=3, do_sample=False)
-        assert model.model.layers[0].mlp.down_proj.weight.stride() == (1, 32)
+        assert torch.equal(flat, before)
+        flat.mul_(1.5)  # somebody loads through the buffer
+        before = flat.clone()
     assert torch.equal(flat, before)
     assert [layer.mlp.down_proj.weight.data_ptr() for layer in model.model.layers] == places
     assert all(layer.mlp.down_proj.weight.is_contiguous() for layer in model.model.layers)
     assert all(parameter.is_shared() for parameter in model.parameters())
+
+
+def test_down_is_turned_in_its_own_memory(model):
+    weight = model.model.layers[0].mlp.down_proj.weight
+    place, before = weight.data_ptr(), weight.detach().clone()
+    with popmm.pruned(model, ffn_ratio=0.4, selection="gate", layout="permute"):
+        assert weight.stride() == (1, 32) and weight.data_ptr() == place
+        assert torch.equal(weight, before)
+    assert weight.is_contiguous() and weight.data_ptr() == place and torch.equal(weight, before)
+
+
+ODD_WRITES = {
+    "neg": lambda w: w.neg_(),
+    "abs": lambda w: w.abs_(),
+    "square": lambda w: w.pow_(2),
+    "shift": lambda w: w.add_(1.0),
+    "zero": lambda w: w.zero_(),
+}
+
+
+@pytest.mark.parametrize("write", ODD_WRITES)
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_writes_in_place_keep_the_order_that_they_found(model, write, name):
+    config = popmm.PopConfig(ffn_ratio=0.4, selection="mask", layout="permute")
+    fresh = tiny.dense("llama")
+    ODD_WRITES[write](getattr(fresh.model.layers[0].mlp, name).weight.data)
+    with popmm.pruned(model, config):
+        model.generate(tiny.prompt(12), max_new_tokens=3, do_sample=False)
+        ODD_WRITES[write](getattr(model.model.layers[0].mlp, name).weight.data)
+    for (name, parameter), other in zip(model.named_parameters(), fresh.parameters()):
+        assert torch.equal(parameter, other), name
+
+
+def test_weights_put_aside_while_permuted_come_back_as_they_were(model):
+    """As a trainer swaps averaged weights in and out."""
+    parameters = {n: p for n, p in model.named_parameters() if "mlp" in n}
+    saved = {name: p.data for name, p in parameters.items()}
+    averaged = {name: p.data * 0.9 for name, p in parameters.items()}
+    before = {name: p.clone() for name, p in averaged.items()}
+    with popmm.pruned(model, ffn_ratio=0.4, selection="mask", layout="permute"):
+        model.generate(tiny.prompt(12), max_new_tokens=3, do_sample=False)
+        for name, p in parameters.items():
+            p.data = averaged[name]
+        model.generate(tiny.prompt(9, seed=2), max_new_tokens=3, do_sample=False)
+        for name, p in parameters.items():
+            p.data = saved[name]
+    for name, p in parameters.items():
+        assert p.data_ptr() == saved[name].data_ptr()
+        assert torch.equal(p, _original(model)[name]), name
+        assert torch.equal(averaged[name], before[name]), name
+
+
+def test_weights_lent_to_one_call_come_back_as_they_were(model):
+    lent = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
+    before = {name: p.clone() for name, p in lent.items()}
+    with popmm.pruned(model, ffn_ratio=0.4, selection="mask", layout="permute"):
+        model.generate(tiny.prompt(12), max_new_tokens=3, do_sample=False)
+        with torch.no_grad():
+            torch.func.functional_call(model, lent, (tiny.prompt(9),))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, _original(model)[name]), name
+        assert torch.equal(lent[name], before[name]), name

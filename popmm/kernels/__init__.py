@@ -14,15 +14,15 @@ from torch import Tensor
 from popmm.kernels import native, twin
 
 
-def _room(*rows: Tensor) -> ModuleType:
-    """The implementation that serves these tensors fastest."""
-    if rows[0].device.type == "cuda" and all(t.stride(-1) == 1 for t in rows):
+def _room(rows: Tensor) -> ModuleType:
+    """The implementation that serves these rows fastest."""
+    if rows.is_cuda and rows.stride(-1) == 1:
         try:
             from popmm.kernels import triton_rows
         except ImportError:
             return twin
         return triton_rows
-    return native if native.serves(*rows) else twin
+    return native if native.serves(rows) else twin
 
 
 def reads_blocks(matrices: Tensor) -> bool:
@@ -45,7 +45,7 @@ def _block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
 def _quantised_dot(
     codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int
 ) -> Tensor:
-    room = _room(x.float() if x.device.type == "cpu" else scale)
+    room = native if x.is_cpu and native.library() is not None else _room(scale)
     return room.quantised_dot(codes, scale, x, bits, group, block, n_rows).to(x.dtype)
 
 
@@ -53,7 +53,7 @@ def _choose(score: Tensor, k: int) -> Tensor:
     score = score.float()
     if score.is_cuda:
         return score.topk(k, dim=-1, sorted=False)[1]
-    return (native if native.serves(score) else twin).choose(score, k)
+    return (native if score.is_cpu and native.library() is not None else twin).choose(score, k)
 
 
 _ops = {

@@ -21,7 +21,19 @@ logger = logging.getLogger("popmm")
 _SOURCE = Path(__file__).with_name("rows.c")
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_CODES = {8: torch.int8, 4: torch.uint8}
+_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 PARTS = 16  # partial sums of gather_sum, whatever the number of threads
+
+# arguments of each function of rows.c: an address, a size (int64) or an int
+_LETTERS = {"a": ctypes.c_void_p, "s": ctypes.c_int64, "i": ctypes.c_int}
+_ARGUMENTS = {
+    "gather_dot": "aisssassaai",
+    "gather_sum": "aisssassasai",
+    "block_dot": "aisssssasaai",
+    "quantised_dot": "aaissssaasai",
+    "choose": "asssaa",
+}
 
 
 @functools.cache
@@ -40,67 +52,147 @@ def library() -> ctypes.CDLL | None:
                     [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)], check=True, capture_output=True, timeout=120
                 )
                 os.replace(built, file)  # another process may have been first
-        return ctypes.CDLL(str(file))
+        return _declared(ctypes.CDLL(str(file)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", b"") or str(error).encode()
         logger.warning("the C kernels could not be built, torch serves instead: %s", detail.decode()[:300])
         return None
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether the C kernels can read these tensors' rows."""
-    plain = all(t.device.type == "cpu" and t.dtype in _KINDS and t.stride(-1) == 1 for t in tensors)
-    return plain and library() is not None
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes = [_LETTERS[letter] for letter in arguments]
+        function.restype = None if name == "choose" else ctypes.c_int64
+    return library
+
+
+def serves(rows: Tensor) -> bool:
+    """Whether the C kernels can read a matrix's rows where they lie."""
+    plain = rows.is_cpu and rows.dtype in _KINDS and rows.layout is torch.strided and not rows.is_neg()
+    return plain and rows.stride(-1) == 1 and library() is not None
 
 
 def gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    index, x = index.contiguous(), x.float().contiguous()
-    out = torch.empty(index.shape, device="cpu")
-    library().gather_dot(*_rows(rows), _p(index), *map(ctypes.c_int64, index.shape), _p(x), _p(out))
+    matrix, index = _rows(rows, "rows", 2), _index(index, "index", 2)
+    n, k = index.shape
+    x = _floats(x, "x", (n, rows.shape[1]))
+    out = torch.empty(n, k, dtype=torch.float32, device="cpu")
+    sizes = rows.shape[0], rows.stride(0), rows.shape[1]
+    _run("gather_dot", index, rows.shape[0], *matrix, *sizes, _p(index), n, k, _p(x), _p(out))
     return out
 
 
 def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
-    index, h = index.contiguous(), h.float().contiguous()
-    parts = torch.empty(PARTS, len(index), rows.shape[1], device="cpu")
-    sizes = map(ctypes.c_int64, index.shape)
-    library().gather_sum(*_rows(rows), _p(index), *sizes, _p(h), ctypes.c_int64(PARTS), _p(parts))
+    matrix, index = _rows(rows, "rows", 2), _index(index, "index", 2)
+    n, k = index.shape
+    h = _floats(h, "h", (n, k))
+    parts = torch.empty(PARTS, n, rows.shape[1], dtype=torch.float32, device="cpu")
+    sizes = rows.shape[0], rows.stride(0), rows.shape[1]
+    _run("gather_sum", index, rows.shape[0], *matrix, *sizes, _p(index), n, k, _p(h), PARTS, _p(parts))
     return parts.sum(0)
 
 
-def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int) -> Tensor:
-    x, block = x.float().contiguous(), block.contiguous()
-    out = torch.empty(len(x), n_rows, device="cpu")
-    sizes = [ctypes.c_int64(n) for n in (n_rows, x.shape[1], group)]
-    library().quantised_dot(_p(codes), _p(scale), bits, *sizes, _p(x), _p(block), ctypes.c_int64(len(x)), _p(out))
+def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
+    stack, block = _rows(matrices, "matrices", 3), _index(block, "block", 1)
+    n_matrices, n_rows, d = matrices.shape
+    n = len(block)
+    x = _floats(x, "x", (n, d))
+    out = torch.empty(n, n_rows, dtype=torch.float32, device="cpu")
+    sizes = n_matrices, matrices.stride(0), matrices.stride(1), n_rows, d
+    _run("block_dot", block, n_matrices, *stack, *sizes, _p(block), n, _p(x), _p(out))
     return out
 
 
-def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
-    x, block = x.float().contiguous(), block.contiguous()
-    _, n_rows, d = matrices.shape
-    out = torch.empty(len(x), n_rows, device="cpu")
-    sizes = map(ctypes.c_int64, (*matrices.stride()[:2], n_rows, d))
-    library().block_dot(_p(matrices), _KINDS[matrices.dtype], *sizes, _p(block), ctypes.c_int64(len(x)), _p(x), _p(out))
+def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int) -> Tensor:
+    block = _index(block, "block", 1)
+    if codes.dtype is not _CODES.get(bits) or scale.dtype is not torch.float16 or codes.ndim != 2 or scale.ndim != 2:
+        raise TypeError(
+            f"codes are {_kind(codes)} and scales {_kind(scale)} for bits={bits}: give what quantise makes, "
+            "int8 codes for 8 bits, uint8 ones for 4, float16 scales"
+        )
+    (total, width), (n_scales, groups), n = codes.shape, scale.shape, len(block)
+    d = width * 8 // bits
+    if group < 1 or group * bits % 8 or groups * group != d or n_scales != total or n_rows < 1 or total % n_rows:
+        raise ValueError(
+            f"codes of shape {tuple(codes.shape)} and scales of shape {tuple(scale.shape)} are not blocks of "
+            f"n_rows={n_rows} rows in groups of {group} at bits={bits}"
+        )
+    codes, scale, x = _plain(codes, "codes"), _plain(scale, "scale"), _floats(x, "x", (n, d))
+    out = torch.empty(n, n_rows, dtype=torch.float32, device="cpu")
+    sizes = bits, total // n_rows, n_rows, d, group
+    _run("quantised_dot", block, total // n_rows, _p(codes), _p(scale), *sizes, _p(x), _p(block), n, _p(out))
     return out
 
 
 def choose(score: Tensor, k: int) -> Tensor:
-    score = score.contiguous()
-    index = torch.empty(len(score), k, dtype=torch.int64, device="cpu")
-    work = torch.empty(score.shape[1], dtype=torch.int32, device="cpu")
-    sizes = [ctypes.c_int64(n) for n in (*score.shape, k)]
-    library().choose(_p(score), *sizes, _p(work), _p(index))
+    if score.ndim != 2 or not 0 <= k <= score.shape[1]:
+        raise ValueError(f"the k={k} highest of scores of shape {tuple(score.shape)}: give [n, u] scores, k at most u")
+    score = _floats(score, "score", score.shape)
+    n, u = score.shape
+    index = torch.empty(n, k, dtype=torch.int64, device="cpu")
+    if k:
+        work = torch.empty(u, dtype=torch.int32, device="cpu")
+        library().choose(_p(score), n, u, k, _p(work), _p(index))
     return index
 
 
-def _p(t: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(t.data_ptr())
+def _run(name: str, index: Tensor, end: int, *arguments: int) -> None:
+    outside = getattr(library(), name)(*arguments, torch.get_num_threads())
+    if outside >= 0:
+        raise ValueError(f"{name} was given the index {int(index.flatten()[outside])}: there are rows 0 to {end - 1}")
 
 
-def _rows(rows: Tensor) -> tuple:
-    stride, d = rows.stride(0), rows.shape[1]
-    return _p(rows), _KINDS[rows.dtype], ctypes.c_int64(stride), ctypes.c_int64(d)
+# what is handed to C, by address: each of these makes sure of what C takes for granted
+
+
+def _rows(rows: Tensor, name: str, ndim: int) -> tuple[int, int]:
+    """Address and kind of rows that are read where they lie."""
+    if not serves(rows) or rows.ndim != ndim:
+        raise TypeError(
+            f"{name} are {_kind(rows)}: the C kernels read {ndim}-D float32 or bfloat16 on the CPU, rows in one piece "
+            "each, where a compiler has built them"
+        )
+    return _p(rows), _KINDS[rows.dtype]
+
+
+def _index(index: Tensor, name: str, ndim: int) -> Tensor:
+    if index.dtype is not torch.int64:
+        if index.dtype not in _INTEGERS:
+            raise TypeError(f"{name} is {_kind(index)}: give int64")
+        index = index.to(torch.int64)
+    if index.ndim != ndim:
+        raise ValueError(f"{name} is {_kind(index)}: give {ndim} dimensions")
+    return _plain(index, name)
+
+
+def _floats(values: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    """As float32 in one piece."""
+    if values.dtype is not torch.float32:
+        if not values.is_floating_point():
+            raise TypeError(f"{name} is {_kind(values)}: give floating-point numbers")
+        values = values.to(torch.float32)
+    if values.shape != shape:
+        raise ValueError(f"{name} is {_kind(values)}: give {tuple(shape)}")
+    return _plain(values, name)
+
+
+def _plain(t: Tensor, name: str) -> Tensor:
+    """In one piece on the CPU, its memory as its values say."""
+    if not t.is_cpu:
+        raise ValueError(f"{name} is {_kind(t)}: give a tensor on the CPU")
+    return t.resolve_neg().contiguous()
+
+
+def _kind(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device}, strides {t.stride()}"
+
+
+def _p(t: Tensor) -> int:
+    address = t.data_ptr()
+    if not address and t.numel():
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} has no memory ({type(t).__name__})")
+    return address
 
 
 def _processor() -> str:

@@ -2,7 +2,9 @@
  *
  * Rows are float32 or bfloat16 (kind 0 or 1), `d` contiguous elements each, `stride` elements apart. Indexes
  * are int64. Accumulation is float32. Outputs are written whole, in an order that does not depend on
- * the number of threads.
+ * the number of threads, which is the caller's: torch may bring another OpenMP than this one.
+ *
+ * Whoever takes an index returns -1, or the place of the first one that names no row; then nothing is written.
  */
 #include <stdint.h>
 #include <string.h>
@@ -36,6 +38,14 @@ static inline float across(lanes a) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += a[lane];
     return sum;
+}
+
+static int64_t first_outside(const int64_t *index, int64_t n, int64_t end) {
+    int64_t outside = 0;
+    for (int64_t i = 0; i < n; i++) outside |= (uint64_t)index[i] >= (uint64_t)end;
+    for (int64_t i = 0; outside && i < n; i++)
+        if ((uint64_t)index[i] >= (uint64_t)end) return i;
+    return -1;
 }
 
 /* Rows are read AT_ONCE together, so that x (or y) is loaded once for all of them, while the lines of the rows
@@ -98,10 +108,11 @@ static inline together chosen(const char *base, int64_t step, const int64_t *ind
 }
 
 /* out[n, k] = rows[index[n, k]] . x[n] */
-void gather_dot(const void *rows, int kind, int64_t stride, int64_t d, const int64_t *index, int64_t n, int64_t k,
-                const float *x, float *out) {
-    const int64_t step = stride * (kind ? 2 : 4);
-#pragma omp parallel for schedule(static) collapse(2)
+int64_t gather_dot(const void *rows, int kind, int64_t n_rows, int64_t stride, int64_t d, const int64_t *index,
+                   int64_t n, int64_t k, const float *x, float *out, int threads) {
+    const int64_t step = stride * (kind ? 2 : 4), outside = first_outside(index, n * k, n_rows);
+    if (outside >= 0) return outside;
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
     for (int64_t t = 0; t < n; t++) {
         for (int64_t j = 0; j < k; j += AT_ONCE) {
             const together four = chosen(rows, step, index + t * k, j, k);
@@ -111,13 +122,15 @@ void gather_dot(const void *rows, int kind, int64_t stride, int64_t d, const int
             for (int r = 0; r < AT_ONCE && j + r < k; r++) out[t * k + j + r] = found[r];
         }
     }
+    return -1;
 }
 
 /* parts[p, n, d] = sum over the p-th share of k of h[n, k] * rows[index[n, k]] */
-void gather_sum(const void *rows, int kind, int64_t stride, int64_t d, const int64_t *index, int64_t n, int64_t k,
-                const float *h, int64_t n_parts, float *parts) {
-    const int64_t step = stride * (kind ? 2 : 4);
-#pragma omp parallel for schedule(static) collapse(2)
+int64_t gather_sum(const void *rows, int kind, int64_t n_rows, int64_t stride, int64_t d, const int64_t *index,
+                   int64_t n, int64_t k, const float *h, int64_t n_parts, float *parts, int threads) {
+    const int64_t step = stride * (kind ? 2 : 4), outside = first_outside(index, n * k, n_rows);
+    if (outside >= 0) return outside;
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
     for (int64_t p = 0; p < n_parts; p++) {
         for (int64_t t = 0; t < n; t++) {
             float *y = parts + (p * n + t) * d;
@@ -132,13 +145,15 @@ void gather_sum(const void *rows, int kind, int64_t stride, int64_t d, const int
             }
         }
     }
+    return -1;
 }
 
 /* out[n, r] = matrices[block[n], r] . x[n]; matrices `apart` elements apart */
-void block_dot(const void *matrices, int kind, int64_t apart, int64_t stride, int64_t n_rows, int64_t d,
-               const int64_t *block, int64_t n, const float *x, float *out) {
-    const int64_t size = kind ? 2 : 4, step = stride * size;
-#pragma omp parallel for schedule(static)
+int64_t block_dot(const void *matrices, int kind, int64_t n_matrices, int64_t apart, int64_t stride, int64_t n_rows,
+                  int64_t d, const int64_t *block, int64_t n, const float *x, float *out, int threads) {
+    const int64_t size = kind ? 2 : 4, step = stride * size, outside = first_outside(block, n, n_matrices);
+    if (outside >= 0) return outside;
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t j = 0; j < n_rows; j += AT_ONCE) {
         for (int64_t t = 0; t < n; t++) { /* innermost: tokens of one matrix find its rows in the cache */
             const char *base = (const char *)matrices + block[t] * apart * size;
@@ -154,6 +169,7 @@ void block_dot(const void *matrices, int kind, int64_t apart, int64_t stride, in
             for (int r = 0; r < AT_ONCE && j + r < n_rows; r++) out[t * n_rows + j + r] = found[r];
         }
     }
+    return -1;
 }
 
 typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1)));
@@ -183,12 +199,13 @@ static inline ints widened(const uint8_t *c) {
 #endif
 }
 
-/* float16, finite */
+/* float16, finite; by no denormal float, which a process may have set to count as zero */
 static inline float from_half(uint16_t h) {
-    const uint32_t bits = (uint32_t)(h & 0x8000) << 16 | (uint32_t)(h & 0x7fff) << 13;
+    const uint32_t size = h & 0x7fff, bits = (size << 13) + (112u << 23);
     float f;
     memcpy(&f, &bits, 4);
-    return f * 0x1p112f;
+    f = size < 0x400 ? (float)(int32_t)size * 0x1p-24f : f;
+    return h & 0x8000 ? -f : f;
 }
 
 /* codes of AT_ONCE rows, `bytes` apart, times x; groups of a multiple of 32 */
@@ -239,10 +256,12 @@ static float quantised_row(const uint8_t *c, const uint16_t *scale, int bits, co
 }
 
 /* out[n, r] = sum over groups of scale[row, group] * (codes[row, group] . x[n, group]), row = block[n] * n_rows + r */
-void quantised_dot(const uint8_t *codes, const uint16_t *scale, int bits, int64_t n_rows, int64_t d, int64_t group,
-                   const float *x, const int64_t *block, int64_t n, float *out) {
-    const int64_t groups = d / group, bytes = d * bits / 8;
-#pragma omp parallel for schedule(static)
+int64_t quantised_dot(const uint8_t *codes, const uint16_t *scale, int bits, int64_t n_blocks, int64_t n_rows,
+                      int64_t d, int64_t group, const float *x, const int64_t *block, int64_t n, float *out,
+                      int threads) {
+    const int64_t groups = d / group, bytes = d * bits / 8, outside = first_outside(block, n, n_blocks);
+    if (outside >= 0) return outside;
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < n_rows; r += AT_ONCE) {
         for (int64_t t = 0; t < n; t++) {
             const int64_t row = block[t] * n_rows + r;
@@ -261,6 +280,7 @@ void quantised_dot(const uint8_t *codes, const uint16_t *scale, int bits, int64_
             }
         }
     }
+    return -1;
 }
 
 /* order-preserving: a lower float has a lower key */
@@ -274,7 +294,7 @@ static inline uint32_t key(float score) {
 
 #define BUCKETS 4096 /* of the highest 12 bits of a key */
 
-/* index[n, k]: places of the k highest of score[n, u], rising; ties go to the lower place. `work` holds u words. */
+/* index[n, k]: places of the k highest of score[n, u], rising; ties go to the lower place. `work` holds u words; 1 <= k <= u. */
 void choose(const float *score, int64_t n, int64_t u, int64_t k, uint32_t *work, int64_t *index) {
     for (int64_t t = 0; t < n; t++) {
         const float *own = score + t * u;

@@ -5,25 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from popmm.kernels.precision import without_autocast
+
 
 def gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("nkd,nd->nk", rows[index].float(), x.float())
+    with without_autocast(rows.device):
+        return torch.einsum("nkd,nd->nk", rows[index].float(), x.float())
 
 
 def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
-    return torch.einsum("nkd,nk->nd", rows[index].float(), h.float())
+    with without_autocast(rows.device):
+        return torch.einsum("nkd,nk->nd", rows[index].float(), h.float())
 
 
 def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
-    return torch.einsum("nrd,nd->nr", matrices[block].float(), x.float())
+    with without_autocast(matrices.device):
+        return torch.einsum("nrd,nd->nr", matrices[block].float(), x.float())
 
 
 def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int, block: Tensor, n_rows: int) -> Tensor:
     rows = dequantise(codes, scale, bits, group).view(-1, n_rows, x.shape[1])
-    return x.float() @ rows[0].mT if len(rows) == 1 else torch.einsum("nrd,nd->nr", rows[block], x.float())
+    with without_autocast(x.device):
+        return x.float() @ rows[0].mT if len(rows) == 1 else torch.einsum("nrd,nd->nr", rows[block], x.float())
 
 
 def choose(score: Tensor, k: int) -> Tensor:
+    if not 0 <= k <= score.shape[1]:
+        raise ValueError(f"the k={k} highest of scores of shape {tuple(score.shape)}: give k at most u of [n, u]")
     order = score.argsort(dim=-1, descending=True, stable=True)
     return order[:, :k].sort(dim=-1)[0]
 
@@ -46,9 +54,10 @@ def quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """
     n, d = rows.shape
     step = max(1, ROWS_AT_ONCE // d)
-    parts = [_quantise(rows[start : start + step], bits, group) for start in range(0, n, step)]
-    codes, scales = zip(*parts)
-    return torch.cat(codes), torch.cat(scales)
+    with without_autocast(rows.device):
+        parts = [_quantise(rows[start : start + step], bits, group) for start in range(0, n, step)]
+        codes, scales = zip(*parts)
+        return torch.cat(codes), torch.cat(scales)
 
 
 def _quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -87,5 +96,6 @@ def dequantise(codes: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
     n, groups = scale.shape
     if bits == 4:
         packed = codes.view(n, groups, group // 2)
-        codes = torch.cat([packed & 15, packed >> 4], dim=-1).to(torch.int8) - 8
+        with without_autocast(codes.device):
+            codes = torch.cat([packed & 15, packed >> 4], dim=-1).to(torch.int8) - 8
     return (codes.view(n, groups, group).float() * scale.float().unsqueeze(-1)).view(n, groups * group)
