@@ -1,6 +1,6 @@
 """Bandwidth of the kernels against torch's own products of the same bytes.
 
-python benchmarks/kernel_bandwidth.py [--tiny]      # on CUDA in bfloat16 where there is one, else on the CPU in both dtypes
+python benchmarks/kernel_bandwidth.py [--tiny]  # on CUDA in bfloat16 if there is one, else on the CPU in both dtypes
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def without_backward(forward: Callable, is_stale: Callable[[], bool]) -> Callabl
             return
         raise RuntimeError(
             "gradients through an attached model with layout='permute': its weights are stored otherwise "
-            "by now than when this pass was computed. Attach with layout='copy', or call popmm.detach(model) before the forward"
+            "by now than when this pass was computed. Attach with layout='copy', or call popmm.detach(model) before it"
         )
 
     def watch(value: Any) -> None:

@@ -178,7 +178,7 @@ def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place
 
 
 def _lies_alone(weight: Tensor) -> bool:
-    """Whether nobody else reads or writes a weight's memory: no larger buffer that it is a part of, no other process."""
+    """Whether nobody else has a weight's memory: no larger buffer that it is a part of, no other process."""
     data = weight.detach()
     whole = data.untyped_storage().nbytes() == data.numel() * data.element_size()
     return whole and not (data.device.type == "cpu" and data.is_shared())

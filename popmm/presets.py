@@ -37,6 +37,7 @@ class TaskRow:
     pruning_ratio: float
     bytes_share: float
     metrics: dict[str, float]
+    skipped: float = 0.0  # share of a token's FFN channels that are not computed
 
 
 def preset(name: str) -> Preset:
@@ -99,20 +100,20 @@ def evaluate_tasks(
                 confirm_run_unsafe_code=run_code,
                 bootstrap_iters=1000,
             )["results"]
-            pruned, dense = lm.state.bytes_per_token()
+            (pruned, dense), skipped = lm.state.bytes_per_token(), lm.state.channels_skipped()
         finally:
             lm.detach()
         for task, metrics in results.items():
             numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "sample_len"}
-            rows.append(TaskRow(task, ratio, pruned / dense, numbers))
+            rows.append(TaskRow(task, ratio, pruned / dense, numbers, skipped))
     return rows
 
 
 def tasks_to_markdown(rows: list[TaskRow]) -> str:
     """Rows as a Markdown table, a line per task and metric, a column per ratio."""
     ratios = list(dict.fromkeys(row.pruning_ratio for row in rows))
-    shares = {row.pruning_ratio: row.bytes_share for row in rows}
-    heads = ["dense" if ratio == 0 else f"{ratio:.0%} pruned ({shares[ratio]:.0%} of FFN bytes)" for ratio in ratios]
+    costs = {r.pruning_ratio: f"{r.bytes_share:.0%} of FFN bytes, {r.skipped:.0%} of channels skipped" for r in rows}
+    heads = ["dense" if ratio == 0 else f"{ratio:.0%} pruned ({costs[ratio]})" for ratio in ratios]
     lines = [f"| task | metric | {' | '.join(heads)} |", "|" + "---|" * (2 + len(heads))]
     for task in dict.fromkeys(row.task for row in rows):
         own = {row.pruning_ratio: row.metrics for row in rows if row.task == task}
