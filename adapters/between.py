@@ -123,7 +123,11 @@ def find_combination(
     """
     gate, up, tolerance = _samples(getattr(module, readings[0].down))
     own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    scalars = {name: torch.full(p.shape, 2.0, device=gate.device) for name, p in own if p.numel() == 1 or p.is_meta}
+    scalars = {
+        name: torch.full(p.shape, 2.0, dtype=gate.dtype, device=gate.device)
+        for name, p in own
+        if p.numel() == 1 or p.is_meta
+    }
     refused, general = None, None
     for reading in readings:
         run = partial(run_between, module, reading, scalars=scalars)
@@ -135,7 +139,7 @@ def find_combination(
             acted = _try(lambda g, u, act=activation: (act(g), u), gate, up)
             if acted is not None and close(y, acted[0] * up, tolerance):
                 return Combination(reading, partial(activate, activation))
-        few = torch.arange(gate.shape[-1] - 1, -1, -3, device=gate.device)
+        few = torch.arange(gate.shape[-1] - 1, -1, -3, dtype=torch.int64, device=gate.device)
         some = _try(run, gate[..., few], up[..., few])
         size = float((y * h).sum() / (h * h).sum())
         if some is None or not close(some[0], h[..., few], tolerance):
@@ -183,8 +187,9 @@ def _samples(down: nn.Module) -> tuple[Tensor, Tensor, float]:
     device, dtype = (weight.device, weight.dtype) if lies else (torch.device("cpu"), torch.float32)
     generator = torch.Generator("cpu").manual_seed(0)
     shape = 1, len(SCALES), linear_shape(down)[0]
-    scale = torch.tensor(SCALES, device="cpu")[:, None]
-    gate, up = ((torch.randn(shape, generator=generator, device="cpu") * scale).to(device) for _ in range(2))
+    plain = dict(dtype=torch.float32, device="cpu")
+    scale = torch.tensor(SCALES, **plain)[:, None]
+    gate, up = ((torch.randn(shape, generator=generator, **plain) * scale).to(device) for _ in range(2))
     return gate, up, TOLERANCE.get(dtype, 1e-4)
 
 

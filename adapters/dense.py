@@ -129,11 +129,11 @@ def _probe(module: nn.Module, layers: dict[str, nn.Module], candidates: list[Com
     kind = type(module).__name__
     check_finite({f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()})
     views = _views(module, candidates[0].reading)
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(1, len(SCALES), views.d_model, generator=generator, device="cpu").to(views.gate.device)
+    generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
+    x = torch.randn(1, len(SCALES), views.d_model, generator=generator, **plain).to(views.gate.device)
     # so that the channels take the sizes of SCALES
     spread = torch.nn.functional.linear(x.to(views.gate.dtype), views.gate).float().std(-1, keepdim=True)
-    size = torch.tensor(SCALES, device="cpu").to(x.device)[:, None] / spread.clamp_min(1e-6)
+    size = torch.tensor(SCALES, **plain).to(x.device)[:, None] / spread.clamp_min(1e-6)
     x = (x * size).to(views.gate.dtype)
     try:
         expected = module(x)

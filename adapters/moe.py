@@ -78,11 +78,11 @@ def verify_experts(site: FFNSite) -> None:
 
     module, w, kind = site.module, site.weights(), type(site.module).__name__
     check_finite(dict(module.named_parameters(recurse=False)))
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(PROBE_TOKENS, w.d_model, generator=generator, device="cpu").to(w.gate.device, w.gate.dtype)
-    choice = torch.arange(PROBE_TOKENS, device="cpu")[:, None] + torch.arange(site.top_k, device="cpu")
+    generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
+    x = torch.randn(PROBE_TOKENS, w.d_model, generator=generator, **plain).to(w.gate)
+    choice = torch.tensor([range(i, i + site.top_k) for i in range(PROBE_TOKENS)], dtype=torch.int64, device="cpu")
     index = (-1 - choice).remainder(site.n_experts).to(x.device)
-    weight = torch.rand(index.shape, generator=generator, device="cpu").to(x)
+    weight = torch.rand(index.shape, generator=generator, **plain).to(x)
     experts = index.flatten()
     pairs = x.repeat_interleave(site.top_k, dim=0)
     h = site.combine(expert_linear(pairs, w.gate, experts, w.gate_bias), expert_linear(pairs, w.up, experts, w.up_bias))

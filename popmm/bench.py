@@ -137,9 +137,10 @@ class Bench:
         return found
 
     def _inputs(self, n_tokens: int, seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         vocab = self.model.config.get_text_config().vocab_size
-        return torch.randint(2, min(vocab, 1000), (self.batch, n_tokens), generator=generator).to(self.device)
+        drawn = dict(generator=generator, dtype=torch.int64, device="cpu")
+        return torch.randint(2, min(vocab, 1000), (self.batch, n_tokens), **drawn).to(self.device)
 
     def _eager(self, way: Way, keep: bool) -> None:
         if way.experts is not None:

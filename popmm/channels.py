@@ -134,7 +134,7 @@ def modality_rates(layers: Mapping[str, Mapping[str, FFNPartition]], rates: Mapp
 
 
 def _marked(channels: Tensor, shape: torch.Size) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bool).scatter_(-1, channels, True)
+    return torch.zeros(shape, dtype=torch.bool, device=channels.device).scatter_(-1, channels, True)
 
 
 def expert_grids(
@@ -155,7 +155,7 @@ def expert_grids(
     for name in (name for name, partition in first.items() if is_of_experts(partition)):
         a, b = _own(first[name], rates[name]), _own(second[name], second_rates[name])
         common = common_choice(a[:, None], a[None])
-        others = common[~torch.eye(len(a), dtype=torch.bool)].view(len(a), -1)
+        others = common[~torch.eye(len(a), dtype=torch.bool, device=a.device)].view(len(a), -1)
         between.append(others.nanmean(-1))
         prompts.append(common_choice(a, b))
     return stacked(between), stacked(prompts)

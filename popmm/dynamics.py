@@ -33,7 +33,7 @@ class Dynamics:
     def sampled_ranks(self) -> Tensor:
         """Ranks of channels spread evenly over the prompt's ranks, the prompt's first, ``[1 + steps, SAMPLED]``."""
         order = self.prompt_ranks.argsort()
-        chosen = order[torch.linspace(0, len(order) - 1, SAMPLED).long()]
+        chosen = order[torch.linspace(0, len(order) - 1, SAMPLED, dtype=torch.float64, device=order.device).long()]
         return torch.stack([self.prompt_ranks, *self.ranks])[:, chosen]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.integrations import moe as hf_moe
 
 from popmm import kernels
+from popmm.compat import grouped_mm
 from popmm.kernels.precision import without_autocast
 
 
@@ -70,5 +70,5 @@ def _grouped(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     counts = torch.zeros(weight.shape[0], dtype=torch.int32, device=x.device)
     counts.scatter_add_(0, ordered, torch.ones_like(ordered, dtype=torch.int32))
     offsets = counts.cumsum(0, dtype=torch.int32)
-    y = hf_moe._grouped_mm(x[order], weight.mT, offsets)
+    y = grouped_mm(x[order], weight.mT, offsets)
     return torch.empty_like(y).index_copy_(0, order, y)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from popmm import kernels
 from popmm.ffn import FFNWeights
+from popmm.kernels.precision import without_autocast
 
 SAME = 1e-5  # of the largest projection: the rounding of another order of summation
 ALIKE = 0.5  # correlation from which two lists of marks are of the same channels
@@ -22,7 +23,7 @@ IDENTIFYING = 64  # projections that tell one FFN from another
 
 def fingerprint(weights: FFNWeights) -> list[Tensor]:
     """Marks of gate rows, up rows, down columns and the biases there are, float32 ``[(E,) d_ff]`` each, as they lie."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(weights.gate.device):
         vector = _direction(weights.d_model, weights.gate.device)
         marks = [_of_rows(weights.gate, vector), _of_rows(weights.up, vector), _of_rows(weights.down.mT, vector)]
         biases = (weights.gate_bias, weights.up_bias)

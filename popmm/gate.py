@@ -21,6 +21,7 @@ from popmm.decode import fix_addresses
 from popmm.expert_linear import expert_linear
 from popmm.ffn import Combine, FFNWeights, down_norm, gather, identities
 from popmm.fingerprint import fingerprint, same
+from popmm.kernels.precision import without_autocast
 from popmm.kernels.twin import quantise
 from popmm.partition import FFNPartition
 
@@ -185,8 +186,13 @@ class GateLayout:
         """FFN of rows x ``[n, d_model]`` by the best K of each row's own channels, read where they lie.
 
         Returns:
-            y ``[n, d_model]``, of experts before they are mixed; places among the U that passed.
+            y ``[n, d_model]`` in the weights' dtype, under autocast too, of experts before they are mixed; places
+            among the U that passed.
         """
+        with without_autocast(x.device):
+            return self._decode(x.to(self.up.rows.dtype), combine, experts)
+
+    def _decode(self, x: Tensor, combine: Combine, experts: Tensor | None) -> tuple[Tensor, Tensor]:
         g = self.gates(x, experts)
         index = kernels.choose(self.score(g, combine, experts), self.sizes.budget)
         order = self.order if experts is None else self.order[experts]
@@ -214,6 +220,12 @@ class GateLayout:
         Returns:
             y as in ``decode``; which of the U channels passed, bool ``[n, U]``, None = all.
         """
+        with without_autocast(x.device):
+            return self._decode_all(x.to(self.up.rows.dtype), combine, source, choose, experts)
+
+    def _decode_all(
+        self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         g = self.gates(x, experts)
         order = self.order.expand(len(x), -1) if experts is None else self.order[experts]
         if experts is None:
@@ -226,7 +238,7 @@ class GateLayout:
             h = h - (self.mean if experts is None else self.mean[experts])
         if passing is not None:
             h = h.masked_fill(~passing, 0.0)
-        full = torch.zeros_like(u).scatter(1, order, h)
+        full = torch.zeros_like(u).scatter(1, order, h.to(u.dtype))
         if experts is None:
             return F.linear(full, source.down, self.down_bias), passing
         return expert_linear(full, source.down, experts, self.down_bias), passing

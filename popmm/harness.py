@@ -113,15 +113,15 @@ class PopLM(HFLM):
             rows.append((tokens, first, prompt))
         longest = max(prompt for _, _, prompt in rows)
         rest = max(len(tokens) - 1 - prompt for tokens, _, prompt in rows)
-        ids = torch.zeros(len(rows), longest + rest, dtype=torch.long)
+        ids = torch.zeros(len(rows), longest + rest, dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(ids)
         for i, (tokens, _, prompt) in enumerate(rows):  # prompts end, and continuations begin, in one column
             span = slice(longest - prompt, longest - prompt + len(tokens) - 1)
-            ids[i, span], mask[i, span] = torch.tensor(tokens[:-1]), 1
+            ids[i, span], mask[i, span] = torch.tensor(tokens[:-1], dtype=torch.int64, device="cpu"), 1
         logits = self._two_passes(ids.to(self.device), mask.to(self.device), longest)
         for i, (tokens, first, prompt) in enumerate(rows):
             begin = longest - prompt + first - 1
-            targets = torch.tensor(tokens[first:], device=self.device)
+            targets = torch.tensor(tokens[first:], dtype=torch.int64, device=self.device)
             own = logits[i, begin : begin + len(targets)].log_softmax(-1, dtype=self.softmax_dtype)
             greedy = bool((own.argmax(-1) == targets).all())
             yield own.gather(1, targets[:, None]).sum().item(), greedy

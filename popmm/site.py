@@ -14,6 +14,7 @@ from popmm.budget import RegionSizes
 from popmm.fingerprint import IDENTIFYING
 from popmm.importance import ChannelStatistics, blend_with_prior, measure, token_score
 from popmm.integrity import Integrity
+from popmm.kernels.precision import output_dtype
 from popmm.layout import Layout
 from popmm.modality import TEXT, JointStatistics
 from popmm.partition import FFNPartition, split
@@ -220,7 +221,7 @@ class PrunedFFN(PrunedSite):
         else:
             choose = self.choose if self.phase.simulating else None
             y, passing = layout.decode_all(rows, combine, self.site.weights(), choose)
-        return y.view(x.shape), passing
+        return y.view(x.shape).to(output_dtype(layout.down.rows)), passing
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pruned FFN of tokens x ``[..., d_model]``.

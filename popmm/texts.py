@@ -37,7 +37,7 @@ def read_texts(file: Path) -> list[str]:
 def encode_texts(tokenizer, texts: list[str], context: int, continuation: int, device) -> list[Tensor]:
     """Token ids ``[n]`` of those texts that are long enough."""
     cut = dict(truncation=True, max_length=context + continuation)
-    encoded = (torch.tensor(tokenizer(text, **cut)["input_ids"]) for text in texts)
+    encoded = (torch.tensor(tokenizer(text, **cut)["input_ids"], dtype=torch.int64, device="cpu") for text in texts)
     return [ids.to(device) for ids in encoded if len(ids) >= context + LEAST]
 
 
@@ -51,7 +51,7 @@ def windows(tokenizer, text: str, length: int, most: int, device) -> list[Tensor
     for piece in _pieces(text):
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
         while len(ids) >= own and len(found) < most:
-            found.append(torch.tensor(begin + ids[:own], device=device))
+            found.append(torch.tensor(begin + ids[:own], dtype=torch.int64, device=device))
             ids = ids[own:]
         if len(found) == most:
             break
@@ -77,7 +77,7 @@ def own_samples(model, tokenizer, n: int, length: int) -> list[Tensor]:
     """Texts sampled from the dense model itself, from its start token."""
     torch.manual_seed(0)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = torch.full((n, 1), start, device=model.device)
+    ids = torch.full((n, 1), start, dtype=torch.int64, device=model.device)
     texts = model.generate(ids, do_sample=True, max_new_tokens=length - 1, min_new_tokens=length - 1)
     return list(texts)
 

@@ -114,7 +114,7 @@ def other_bytes(model) -> int:
     size = sum(p.numel() * p.element_size() for p in description.decoder.parameters())
     sites = sum(
         site.weights().bytes_per_channel() * site.weights().d_ff * max(site.n_experts, 1)
-        for site in description.sites()
+        for site in {id(site.module): site for site in description.sites()}.values()  # layers may share one
     )
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight

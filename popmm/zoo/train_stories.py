@@ -83,7 +83,7 @@ def build_model(form: str, vocab_size: int):
 
 def token_stream(tokenizer, stories: list[str]) -> torch.Tensor:
     ids = [token for story in stories for token in [*tokenizer(story)["input_ids"], tokenizer.eos_token_id]]
-    return torch.tensor(ids)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def language_loss(model, rows: torch.Tensor) -> torch.Tensor:
 
 def train(model, stream: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> float:
     """AdamW with warm-up and cosine decay on random windows; returns the held-out perplexity."""
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator("cpu").manual_seed(args.seed)
     steps = round(args.epochs * stream.numel() / (args.batch_size * CONTEXT))
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -147,7 +147,8 @@ def train(model, stream: torch.Tensor, held_out: torch.Tensor, args: argparse.Na
     with Progress() as progress:
         bar = progress.add_task("training", total=steps)
         for step in range(steps):
-            starts = torch.randint(stream.numel() - CONTEXT, (args.batch_size,), generator=generator)
+            drawn = dict(generator=generator, dtype=torch.int64, device="cpu")
+            starts = torch.randint(stream.numel() - CONTEXT, (args.batch_size,), **drawn)
             rows = torch.stack([stream[start : start + CONTEXT] for start in starts.tolist()]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.autocast):
                 loss = language_loss(model, rows)
