@@ -9,7 +9,7 @@ import argparse
 import sys
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
 import popmm
 from popmm.chat import chat
@@ -22,6 +22,8 @@ def load(name):
     """The bundled model, or any vision-language model of the hub or a folder."""
     if name == "shapes":
         return popmm.zoo.load("shapes")
+    if type(AutoConfig.from_pretrained(name)) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(f"--model {name} reads text alone: give a vision-language model")
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto").eval()
     return model, AutoProcessor.from_pretrained(name)
 
@@ -61,11 +63,11 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)
-    model, processor = load(args.model)
     try:
+        model, processor = load(args.model)
         with popmm.pruned(model, config):
             pass
-    except ValueError as error:  # a ratio that this model cannot reach
+    except (OSError, ValueError) as error:  # no such model, or a ratio that it cannot reach
         parser.error(str(error))
     if args.image is None:  # a tour: dense and pruned, one after the other
         print(f"Picture: {popmm.zoo.picture()}")

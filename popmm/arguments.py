@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -28,8 +29,8 @@ def config_from(args: argparse.Namespace) -> PopConfig:
 def generation_settings(args: argparse.Namespace) -> dict:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: give 1 or more")
-    if args.temperature < 0:
-        raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more, such as 0.7")
     settings = dict(max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0)
     if args.temperature > 0:
         settings["temperature"] = args.temperature
@@ -50,6 +51,17 @@ def check_folders(*files: Path | None) -> None:
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise ValueError(f"{file}: there is no folder {file.parent}")
+
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # that matplotlib writes
+
+
+def check_pictures(*files: Path | None) -> None:
+    """Refuses pictures to write whose folder is not there or whose format is none."""
+    check_folders(*files)
+    for file in files:
+        if file is not None and file.suffix.lower() not in PICTURES:
+            raise ValueError(f"{file}: give a name that ends in one of {', '.join(PICTURES)}")
 
 
 def listed(text: str, known: Iterable[str] = ()) -> list[str]:

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(inspect)
     _add_config(inspect, ratio=PopConfig().pruning_ratio)
     _add_generation(inspect)
-    inspect.add_argument("--second-prompt", default=arguments.SECOND_PROMPT, help="experts: compared with the first")
+    inspect.add_argument("--second-prompt", help=f"experts: compared with the first ({arguments.SECOND_PROMPT})")
     inspect.add_argument("--image", action="append", help="picture for a vision-language model; may be repeated")
     inspect.add_argument("--dynamics", action="store_true", help="ranks of channels over decode steps, in their place")
     inspect.add_argument("--out", type=Path, default=Path("popmm-inspect.png"), help="picture to write (%(default)s)")
@@ -202,6 +202,9 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # whoever read the output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except (ValueError, OSError, RuntimeError) as error:
             show(error)
             return 2

@@ -11,6 +11,7 @@ from popmm.arguments import (
     CHAT_RATIO,
     DEMO_PROMPT,
     check_folders,
+    check_pictures,
     config_from,
     generation_settings,
     listed,
@@ -132,8 +133,14 @@ def chat(args: argparse.Namespace) -> None:
 
     from popmm import zoo
     from popmm.chat import chat
+    from popmm.conversation import takes_pictures
+    from popmm.images import open_image
 
+    for source in args.image:
+        open_image(source)  # before the model is loaded
     model, processor = load_from(args)
+    if args.image and not takes_pictures(processor):
+        raise ValueError(f"--image: {args.model} reads text alone; give a vision-language model for pictures")
     sources = args.image or ([str(zoo.picture())] if args.model == "zoo:shapes" else [])
     torch.manual_seed(args.seed)
     chat(model, processor, config, sources, **settings)
@@ -143,9 +150,11 @@ def bench(args: argparse.Namespace) -> None:
     if (args.shape is None) == (args.model is None):
         raise ValueError("give either --shape, such as llama-3.1-8b, or --model")
     for name in ("batch", "prompt_tokens", "new_tokens", "rounds"):
-        if getattr(args, name) < (8 if name == "new_tokens" else 1):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too few")
-    check_folders(args.json, args.plot)
+        least = 8 if name == "new_tokens" else 1
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
+    check_folders(args.json)
+    check_pictures(args.plot)
     ratios, selections, layouts = numbers(args.ratios), listed(args.selections), listed(args.layouts)
     import torch
     from rich.console import Console
@@ -171,7 +180,7 @@ def bench(args: argparse.Namespace) -> None:
     name = f"{args.shape or args.model}{' (tiny)' if args.tiny else ''}"
     title = f"{name}, {str(model.dtype).removeprefix('torch.')}, batch {args.batch}"
     Console(width=200).print(bench_table(found, title))
-    print(machine())
+    for_people().print(", ".join(f"{name} {value}" for name, value in machine().items()), style="dim")
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot")}
         save_json(args.json, {**settings, "title": title}, found)

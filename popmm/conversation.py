@@ -36,8 +36,8 @@ def check_chats(processor) -> None:
     """Refuses a processor or tokenizer without a chat template."""
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
-            "this model's processor has no chat template: give an instruction-tuned model, such as "
-            "Qwen/Qwen2.5-VL-3B-Instruct, or the bundled zoo:shapes"
+            "this model has no chat template: give an instruction-tuned model, such as Qwen/Qwen2.5-VL-3B-Instruct or "
+            "the bundled zoo:shapes, or have popmm generate go on with a text"
         )
 
 
@@ -129,6 +129,8 @@ class Conversation:
         """Forgets what was said and shown."""
         self.messages, self._waiting = [], []
         self._forget_cache()
+        if self.state is not None:
+            self.state.reset()
 
     def show(self, picture: Image) -> None:
         """Adds a picture to the next question."""

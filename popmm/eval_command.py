@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from popmm.arguments import RATIOS, check_folders, config_from, listed, numbers
+from popmm.arguments import RATIOS, check_folders, check_pictures, config_from, listed, numbers
 from popmm.commands import load_from
 from popmm.config import PopConfig
 from popmm.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
@@ -21,7 +21,8 @@ GAMMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments and runs what they ask for."""
-    check_folders(args.json, args.plot)
+    check_folders(args.json)
+    check_pictures(args.plot)
     for name in ("context", "continuation", "texts_per_subset", "subsets", "pictures", "seeds", "batch", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
@@ -76,8 +77,6 @@ def _check(args: argparse.Namespace) -> None:
     for share in numbers(args.bytes or "1"):
         if not 0 < share <= 1:
             raise ValueError(f"--bytes {share}: give shares between 0 and 1, such as 0.7,0.5")
-    if args.plot and args.plot.suffix not in PICTURES:
-        raise ValueError(f"--plot {args.plot}: give a name that ends in one of {', '.join(PICTURES)}")
     if args.text and not args.text.is_file():
         raise ValueError(f"--text {args.text}: there is no such file")
     if args.preset:

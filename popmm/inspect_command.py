@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from popmm.arguments import DEMO_PROMPT, PICTURE_PROMPT, config_from, generation_settings, prompt_from
+from popmm.arguments import (
+    DEMO_PROMPT,
+    PICTURE_PROMPT,
+    SECOND_PROMPT,
+    check_pictures,
+    config_from,
+    generation_settings,
+    prompt_from,
+)
 from popmm.commands import load_from
 from popmm.config import PopConfig
 from popmm.terminal import for_people, print_json
@@ -14,8 +22,7 @@ from popmm.terminal import for_people, print_json
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments and runs what they ask for."""
     config, settings, prompt = config_from(args), generation_settings(args), prompt_from(args)
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    check_pictures(args.out)
     if args.image:
         return _pictures(args, config, settings, prompt)
     from popmm.loading import check_length, encode
@@ -25,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     check_length(model, inputs["input_ids"].shape[1], settings["max_new_tokens"])
     if args.dynamics:
         return _dynamics(args, model, inputs)
-    second = encode(processor, args.second_prompt, model.device, args.chat)
+    second = encode(processor, args.second_prompt or SECOND_PROMPT, model.device, args.chat)
     _partition(args, model, inputs, second, config, settings)
 
 
@@ -38,6 +45,11 @@ def _traced(args: argparse.Namespace, model, state, inputs: dict, settings: dict
     torch.manual_seed(args.seed)
     with for_people().status("generating"), state.trace() as trace:
         model.generate(**inputs, **settings)
+    if not any(mask.shape[0] for mask in trace.values()):
+        raise ValueError(
+            "nothing was decoded after the prompt, so no choice can be shown: give --max-new-tokens 2 or more, and to "
+            "an instruction-tuned model its chat template (leave --no-chat out)"
+        )
     layers = dict(state.layers)
     return layers, chosen_rates(layers, trace), trace
 
@@ -58,6 +70,8 @@ def _partition(args: argparse.Namespace, model, inputs: dict, second: dict, conf
             file = args.out.with_stem(f"{args.out.stem}-dense") if any(of_experts) else args.out
             save(channels_figure(layers, rates, steps, state.channels_skipped()), file)
             files.append(file)
+        if args.second_prompt and not any(of_experts):
+            for_people().print("--second-prompt compares experts' choices, and this model has none: left out")
         if any(of_experts):
             others, other_rates, _ = _traced(args, model, state, second, settings)
             save(experts_figure(layers, others, rates, other_rates, trace), args.out)

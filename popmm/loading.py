@@ -48,6 +48,8 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     except OSError as error:
         raise ValueError(_not_found(name, path, error)) from None
     processor = processor_class.from_pretrained(where, **how)
+    if how:
+        _complete(processor, path)
     model, info = model_class.from_pretrained(where, dtype=torch_dtype, output_loading_info=True, **how)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -56,6 +58,19 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
             f"--model {name}: transformers finds no weights for {missing[0]}{others} in this file or folder"
         )
     return model.to(device).eval(), processor
+
+
+def _complete(tokenizer, file: Path) -> None:
+    """Chat template and special tokens of a GGUF file, where transformers' reader leaves them out."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    if getattr(tokenizer, "chat_template", None) is None and "tokenizer.chat_template" in fields:
+        tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+    for name in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None and getattr(tokenizer, f"{name}_token", None) is None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def local_path(name: str) -> Path | None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import transformers
 
 KINDS = ("prompt", "decode", "dense")
 
@@ -69,4 +75,14 @@ class GenerateWatch:
 
 def warn_dense(reason: str) -> None:
     """One warning that decoding is not pruned, and why."""
-    warnings.warn(f"popmm: decoding is dense: {reason}", NotPrunedWarning, stacklevel=2)
+    warnings.warn(f"popmm: decoding is dense: {reason}", NotPrunedWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """``stacklevel`` of the line outside popmm, torch and transformers that led here."""
+    inside = (str(Path(torch.__file__).parent), str(Path(transformers.__file__).parent), contextlib.__file__)
+    inside = (*inside, str(Path(__file__).parent))
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return max(level - 1, 1)

@@ -240,7 +240,12 @@ def modalities_figure(layers: Mapping[str, Mapping[str, FFNPartition]], rates: M
     """
     plt = pyplot()
     rows = [short(name).removesuffix(".mlp") for name in layers["both"]]
-    figure, (shared, chosen) = plt.subplots(1, 2, figsize=(12, _height(len(rows)) + 0.4), layout="constrained")
+    size = _height(len(rows)) + 0.4
+    plain = [name for name, partition in layers["both"].items() if not is_of_experts(partition)]
+    figure = plt.figure(figsize=(12, min(2 * size, 12.0) if plain else size))
+    figure.set_layout_engine("constrained")
+    places = figure.add_gridspec(2 if plain else 1, 2)
+    shared, chosen = figure.add_subplot(places[0, 0]), figure.add_subplot(places[0, 1])
     chance = np.mean([compared_channels(p) / p.d_ff for p in layers["both"].values()])
     panels = [
         (shared, modality_overlaps(layers), [f"{a} and {b}" for a, b in MODALITY_PAIRS], "share in common"),
@@ -257,6 +262,13 @@ def modalities_figure(layers: Mapping[str, Mapping[str, FFNPartition]], rates: M
     )
     chosen.set(xlabel="channels among those that matter most to the tokens of")
     chosen.set_title("how often decode steps chose the channels\nthat matter most to ...", fontsize=10)
+    if plain:
+        every = figure.add_subplot(places[1, :])
+        names = [short(name).removesuffix(".mlp") for name in plain]
+        budgets = [layers["both"][name].budget / layers["both"][name].d_ff for name in plain]
+        _draw_chosen(figure, every, [rates[name] for name in plain], names, budgets)
+        every.set(ylabel="FFN (layer)")
+        every.set_title("how often decode steps chose each channel", fontsize=10)
     return figure
 
 

@@ -110,11 +110,10 @@ def text_cases(
     Raises:
         ValueError: too few texts are long enough, or a wrong start or continuation.
     """
-    if continuation < LEAST or not 0 <= start < 1:
-        raise ValueError(
-            f"continuation={continuation}, start={start}: give a continuation of {LEAST} tokens or more, "
-            "and the share of the texts to skip, from 0 to below 1"
-        )
+    if not 0 <= start < 1:
+        raise ValueError(f"start={start}: give the share of the texts to skip, from 0 to below 1")
+    if continuation < LEAST:
+        raise ValueError(f"continuation={continuation}: give a continuation of {LEAST} tokens or more")
     wanted, tokenizer = subsets * (per_subset or TEXTS_PER_SUBSET), tokenizer_of(tokenizer)
     if file is None:
         with progress() as bars:

@@ -347,5 +347,37 @@ def test_one_new_token_needs_no_decode_step(tmp_path, capsys):
     one = ["--max-new-tokens", "1"]
     assert main(["generate", "--compare", *one]) == 0
     assert main(["generate", *one]) == 0
-    assert main(["inspect", "--out", str(tmp_path / "picture.png"), *one]) == 0
     assert "1 of 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["zoo:stories", "zoo:stories-moe"])
+def test_a_picture_of_no_decode_step_is_refused(model, tmp_path, capsys):
+    file = tmp_path / "picture.png"
+    assert main(["inspect", "--model", model, "--out", str(file), "--max-new-tokens", "1"]) == 2
+    assert "nothing was decoded after the prompt" in capsys.readouterr().err and not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "--image", "nofile.jpg"], "there is no file nofile.jpg"),
+        (["chat", "--model", "zoo:stories", "--image", str(zoo.picture())], "zoo:stories reads text alone"),
+        (["generate", "--temperature", "nan"], "--temperature nan: give 0 (greedy) or more"),
+        (["inspect", "--out", "x.txt"], "x.txt: give a name that ends in one of .png"),
+        (["bench", "--shape", "dense-2k", "--new-tokens", "4"], "--new-tokens 4: give 8 or more"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_progress_shows_where_there_is_no_terminal(capsys):
+    from popmm.terminal import progress
+
+    with progress() as bars:
+        bar = bars.add_task("measuring", total=40)
+        for _ in range(40):
+            bars.advance(bar)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "measuring: 4 of 40" and told[-1] == "measuring: 40 of 40" and len(told) == 10

@@ -215,7 +215,9 @@ def test_the_modalities_figure_shows_overlaps_and_rates(selection):
             state.repartition()
             layers[kind] = dict(state.layers)
     figure = plots.modalities_figure(layers, rates)
-    overlaps, chosen = (image[0] for image in pictures_of(figure).values())
+    overlaps, chosen, each = (image[0] for image in pictures_of(figure).values())
+    for row, name in zip(each, layers["both"]):
+        assert row.tolist() == pytest.approx(sorted(rates[name].tolist(), reverse=True), abs=1e-6)
     for row, name in enumerate(layers["both"]):
         sizes = layers["both"][name].sizes
         n = sizes.retained if selection == "mask" else sizes.budget
