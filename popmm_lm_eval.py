@@ -1,7 +1,7 @@
 """Makes ``lm_eval --model popmm`` known to lm-evaluation-harness, which has no plug-ins of its own.
 
 ``popmm-lm-eval.pth`` imports this at start-up, so it loads nothing and waits: when the harness' list of models has been
-loaded, the name ``popmm`` is added to it. ``popmm.harness`` itself is loaded when somebody asks for it.
+loaded, the name ``popmm`` is added to it. ``popmm.evaluation.harness`` itself is loaded when somebody asks for it.
 """
 
 import sys
@@ -32,7 +32,7 @@ class AddsPopmm:
 
             models = getattr(registry, "model_registry", None)  # since 0.4.10
             if models is not None and "popmm" not in models:
-                models.register("popmm", target="popmm.harness:PopLM")
+                models.register("popmm", target="popmm.evaluation.harness:PopLM")
 
         spec.loader.exec_module = load_and_add
         return spec

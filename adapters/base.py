@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from popmm.ffn import FFNWeights
+from popmm.method.ffn import FFNWeights
 
 
 class UnsupportedModelError(ValueError):

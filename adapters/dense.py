@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from popmm.compat import NOT_PARTS
-from popmm.ffn import FFNWeights, ffn
+from popmm.method.ffn import FFNWeights, ffn
 
 from .base import FFNSite, UnsupportedModelError, register
 from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination

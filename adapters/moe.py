@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from popmm.compat import default_apply_gate, is_expert_parallel
-from popmm.ffn import FFNWeights
+from popmm.method.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
 from .between import TOLERANCE, close
@@ -74,7 +74,7 @@ def verify_experts(site: FFNSite) -> None:
         UnsupportedModelError: they differ, or ``top_k`` is unknown; ``BrokenWeightsError`` names weights that are
             not finite.
     """
-    from popmm.expert_linear import expert_linear  # not before popmm itself is there
+    from popmm.method.expert_linear import expert_linear
 
     module, w, kind = site.module, site.weights(), type(site.module).__name__
     check_finite(dict(module.named_parameters(recurse=False)))

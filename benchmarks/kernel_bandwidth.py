@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from popmm import kernels
-from popmm.expert_linear import _grouped
+from popmm.method.expert_linear import _grouped
 from popmm.kernels.twin import quantise
 
 TINY = "--tiny" in sys.argv

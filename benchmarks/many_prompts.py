@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 
 import popmm
-from popmm.loading import load_model
+from popmm.zoo.loading import load_model
 
 
 def resident() -> float:

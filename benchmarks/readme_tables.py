@@ -54,8 +54,8 @@ def speed() -> None:
 
 def figures() -> None:
     """Draws docs/figures/equal-bytes-NAME.png."""
-    from popmm.evaluate import Row
-    from popmm.quality_plots import equal_bytes_figure
+    from popmm.evaluation.evaluate import Row
+    from popmm.evaluation.quality_plots import equal_bytes_figure
 
     folder = RESULTS.parents[1] / "docs" / "figures"
     folder.mkdir(exist_ok=True)

@@ -18,13 +18,13 @@ import torch
 from rich.progress import track
 
 import popmm
-from popmm.compare import decode_along
+from popmm.cli.compare import decode_along
 from popmm.compat import cache_of
-from popmm.evaluate import decode_logits
-from popmm.loading import load_model
-from popmm.methods import METHODS, Method, fit
+from popmm.evaluation.evaluate import decode_logits
+from popmm.zoo.loading import load_model
+from popmm.evaluation.methods import METHODS, Method, fit
 from popmm.state import PartitionState
-from popmm.texts import own_samples, text_cases
+from popmm.evaluation.texts import own_samples, text_cases
 
 SHARES = (0.7, 0.5)
 BASE = popmm.PopConfig()

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
 import popmm
-from popmm.chat import chat
-from popmm.images import open_image
+from popmm.cli.chat import chat
+from popmm.cli.images import open_image
 
 BUNDLED_QUESTIONS = ("Describe the picture.", "How many shapes are there?")
 

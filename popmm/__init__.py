@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from popmm.adapters import UnsupportedModelError
     from popmm.attach import attach, detach, pruned
     from popmm.config import PopConfig
-    from popmm.partition import FFNPartition
+    from popmm.method.partition import FFNPartition
     from popmm.state import PartitionState
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ __all__ = [
     "zoo",
 ]
 _HOMES = {
-    "FFNPartition": "partition",
+    "FFNPartition": "method.partition",
     "PartitionState": "state",
     "PopConfig": "config",
     "UnsupportedModelError": "adapters",

@@ -11,10 +11,10 @@ import torch
 from transformers import TextStreamer
 
 from popmm.attach import attach, detach
-from popmm.compare import clocked_generate
+from popmm.runtime.clock import clocked_generate
 from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
-from popmm.loading import check_length
+from popmm.zoo.encoding import check_length
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,10 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from popmm.traffic import channels_computed
+from popmm.layouts.traffic import channels_computed
 
 if TYPE_CHECKING:
-    from popmm.site import PrunedSite
+    from popmm.runtime.site import PrunedSite
     from popmm.state import PartitionState
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer in a module's name

@@ -13,21 +13,21 @@ import torch
 
 from popmm.compat import Cache
 from popmm.config import PopConfig
-from popmm.partition import FFNPartition
-from popmm.passes import Passes
-from popmm.phase import Phase
+from popmm.method.partition import FFNPartition
+from popmm.runtime.passes import Passes
+from popmm.runtime.phase import Phase
 from popmm.report import summary_table
-from popmm.sequence import Sequence
-from popmm.trace import Trace
-from popmm.traffic import channels_computed
+from popmm.runtime.sequence import Sequence
+from popmm.runtime.trace import Trace
+from popmm.layouts.traffic import channels_computed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from popmm.adapters import FFNSite
-    from popmm.importance import ChannelStatistics
-    from popmm.site import PrunedSite
-    from popmm.tower import PrunedTowerFFN
+    from popmm.method.importance import ChannelStatistics
+    from popmm.runtime.site import PrunedSite
+    from popmm.runtime.tower import PrunedTowerFFN
 
 
 class PartitionState:

@@ -1,4 +1,4 @@
-"""POP on a whole model by plain means: hooks on the model's own layers and popmm.reference's loops.
+"""POP on a whole model by plain means: hooks on the model's own layers and popmm.method.reference's loops.
 
 Shares no code with the library. A prompt is read densely; each later token goes through FFNs that
 compute all channels and multiply by a mask.
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from popmm import reference
+from popmm.method import reference
 
 
 def mlps(model):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import popmm
-from popmm.experts_interface import _switched
+from popmm.runtime.experts_interface import _switched
 
 ROOMS = tuple({str(Path(popmm.__file__).parent), str(Path(popmm.adapters.__file__).parent)})
 

@@ -8,7 +8,7 @@ import torch
 from interrupts import interrupt, lines_of, picture_of
 
 import popmm
-from popmm.attachment import MARKER
+from popmm.runtime.attachment import MARKER
 
 MODELS = {
     "llama-copy": (lambda: tiny.dense("llama-bias", num_hidden_layers=1), dict(selection="mask", layout="copy")),

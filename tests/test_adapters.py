@@ -10,7 +10,7 @@ from torch import nn
 
 import popmm
 from popmm import zoo
-from popmm.ffn import ffn
+from popmm.method.ffn import ffn
 
 
 def test_attention_with_a_fused_projection_is_no_ffn():

@@ -270,7 +270,7 @@ def test_interrupt_in_the_middle_of_a_prompt_keeps_the_old_partition(llama):
 
 
 def test_interrupt_while_partitioning_leaves_a_dense_model(llama, monkeypatch):
-    from popmm.layout import CopyLayout
+    from popmm.layouts.copy import CopyLayout
 
     ids = tiny.prompt(9)
     dense = llama(ids).logits

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from popmm import bench
-from popmm.bench import Bench, bench_markdown, ways
+from popmm.cli import bench
+from popmm.cli.bench import Bench, bench_markdown, ways
 from popmm.cli import main
-from popmm.shapes import SHAPES, random_model, shape_config
-from popmm.traffic import other_bytes
+from popmm.cli.shapes import SHAPES, random_model, shape_config
+from popmm.evaluation.traffic import other_bytes
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import popmm
-from popmm.budget import region_sizes
+from popmm.method.budget import region_sizes
 
 
 def llama(d_model, d_ff, heads, kv_heads, layers):

@@ -11,9 +11,10 @@ from PIL import Image
 import popmm
 from popmm import zoo
 from popmm.cli import main
-from popmm.compare import check_pruned, compare, comparison_table
-from popmm.loading import encode, load_model
-from popmm.methods import METHODS
+from popmm.cli.compare import check_pruned, compare, comparison_table
+from popmm.zoo.encoding import encode
+from popmm.zoo.loading import load_model
+from popmm.evaluation.methods import METHODS
 from popmm.report import to_text
 
 SHORT = ["--max-new-tokens", "8"]
@@ -95,7 +96,7 @@ def test_compare_at_ratio_zero_agrees_entirely(capsys):
 
 
 def test_a_comparison_that_pruned_nothing_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("popmm.passes.Passes.count", lambda *_: None)
+    monkeypatch.setattr("popmm.runtime.passes.Passes.count", lambda *_: None)
     assert main(["generate", "--compare", "--pruning-ratio", "0.2", *SHORT]) == 2
     assert "gate, 20% pruned: none of 7 decode steps was pruned" in capsys.readouterr().err
     assert main(["demo", *SHORT]) == 2
@@ -207,8 +208,8 @@ def test_our_own_calls_use_nothing_deprecated(recwarn, monkeypatch, capsys):
     config = popmm.PopConfig(pruning_ratio=0.3)
     compare(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"x": config}, max_new_tokens=4)
     from popmm.conversation import Conversation
-    from popmm.evaluate import Wanted, evaluate
-    from popmm.texts import cases_of
+    from popmm.evaluation.evaluate import Wanted, evaluate
+    from popmm.evaluation.texts import cases_of
 
     evaluate(model, [cases_of([ids[0]], 6)], [Wanted("gate", pruning_ratio=0.3)], config)
     talk = Conversation(model_shapes, processor, config, max_new_tokens=4)
@@ -338,7 +339,7 @@ def test_interrupt_ends_quietly(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("popmm.compare.timed_generate", interrupt)
+    monkeypatch.setattr("popmm.cli.compare.timed_generate", interrupt)
     assert main(["generate", *SHORT]) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
 
@@ -373,7 +374,7 @@ def test_what_cannot_be_used_is_an_error(arguments, message, capsys):
 
 
 def test_progress_shows_where_there_is_no_terminal(capsys):
-    from popmm.terminal import progress
+    from popmm.evaluation.progress import progress
 
     with progress() as bars:
         bar = bars.add_task("measuring", total=40)

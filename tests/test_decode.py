@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import popmm
-from popmm.decode import BUCKET
+from popmm.runtime.caches import BUCKET
 
 STATIC = dict(cache_implementation="static", do_sample=False, max_new_tokens=5)
 CONFIG = popmm.PopConfig(ffn_ratio=0.4)

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from popmm.dynamics import record
+from popmm.evaluation.dynamics import record
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import popmm
 from popmm.compat import cache_argument, cache_of
-from popmm.evaluate import Case, Wanted, evaluate, with_greedy
-from popmm.methods import METHODS, methods_for
-from popmm.tables import rows_to_markdown
-from popmm.texts import cases_of
+from popmm.evaluation.evaluate import Case, Wanted, evaluate, with_greedy
+from popmm.evaluation.methods import METHODS, methods_for
+from popmm.evaluation.tables import rows_to_markdown
+from popmm.evaluation.texts import cases_of
 
 
 def models():

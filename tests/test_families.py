@@ -24,7 +24,7 @@ from transformers import (
 
 import popmm
 from popmm.config import PopConfig
-from popmm.ffn import ffn
+from popmm.method.ffn import ffn
 
 
 def build(name, **changes):

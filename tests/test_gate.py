@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import popmm
-from popmm.budget import gate_sizes
+from popmm.method.budget import gate_sizes
 from popmm.kernels.twin import dequantise, quantise
 
 DENSE = ("llama", "llama-bias", "phi3", "gemma3")

@@ -12,12 +12,12 @@ import popmm
 from popmm import zoo
 from popmm.cli import main
 from popmm.compat import cache_argument, cache_of
-from popmm.presets import PRESETS
+from popmm.evaluation.presets import PRESETS
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from popmm.harness import PopLM  # noqa: E402
+from popmm.evaluation.harness import PopLM  # noqa: E402
 
 STORIES = [
     "Once upon a time there was a little girl named Lily. She had a red ball and",

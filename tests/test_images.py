@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from popmm.images import open_image
+from popmm.cli.images import open_image
 
 
 def gradient(width=40, height=30):

@@ -8,7 +8,7 @@ import torch
 
 from popmm import zoo
 from popmm.cli import main
-from popmm.loading import load_model
+from popmm.zoo.loading import load_model
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -35,7 +35,7 @@ def test_weights_are_loaded_as_the_checkpoint_has_them(saved):
 def test_a_path_that_is_not_there_is_never_asked_of_the_hub(name, tmp_path, monkeypatch):
     (tmp_path / "models" / "other").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("popmm.loading.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("popmm.zoo.loading.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="there is no such folder or file") as error:
         load_model(name)
     assert ("folders there: other" in str(error.value)) == name.startswith("models/")
@@ -49,7 +49,7 @@ def test_names_of_the_hub_are_left_to_it(tmp_path, monkeypatch):
         asked.append(name)
         raise OSError("we could not connect\nand so on")
 
-    monkeypatch.setattr("popmm.loading.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr("popmm.zoo.loading.AutoConfig.from_pretrained", refuse)
     for name in ("owner/Model-0.5B", "gpt2"):
         with pytest.raises(ValueError, match=f"--model {name}: no folder here, .*could not connect"):
             load_model(name)

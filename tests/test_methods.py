@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 import popmm
 from popmm.attach import attach_with, detach
-from popmm.evaluate import Wanted, decode_logits, evaluate
-from popmm.methods import METHODS, fit, methods_for, quantised_ffns, share_read
-from popmm.texts import cases_of
+from popmm.evaluation.evaluate import Wanted, decode_logits, evaluate
+from popmm.evaluation.methods import METHODS, fit, methods_for, quantised_ffns, share_read
+from popmm.evaluation.texts import cases_of
 
 BASE = popmm.PopConfig()
 

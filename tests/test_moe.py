@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import popmm
-from popmm import reference
+from popmm.method import reference
 
 RATIO = 0.4
 CONFIG = popmm.PopConfig(ffn_ratio=RATIO, candidate_fraction=0.2, prior_tokens=0)

@@ -7,9 +7,9 @@ import time
 import pytest
 
 import popmm
-from popmm.arguments import listed
+from popmm.cli.arguments import listed
 from popmm.cli import main
-from popmm.methods import METHODS
+from popmm.evaluation.methods import METHODS
 
 
 @pytest.mark.parametrize("separator", [",", ", ", ";", "; "])
@@ -63,7 +63,7 @@ def test_the_help_of_chat_tells_its_own_ratio(capsys):
 
 def test_the_surface_is_loaded_when_asked_for():
     code = "import sys, popmm; assert 'torch' not in sys.modules\n"
-    code += "import popmm.evaluate, popmm.attach\n"
+    code += "import popmm.evaluation.evaluate, popmm.attach\n"
     code += "assert callable(popmm.attach) and popmm.attach.__name__ == 'attach', popmm.attach\n"
     code += "assert popmm.conversation.Conversation and popmm.adapters.describe and popmm.zoo.load and popmm.budget\n"
     code += "assert all(hasattr(popmm, name) for name in popmm.__all__) and not hasattr(popmm, 'nonsense')"

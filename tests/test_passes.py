@@ -13,8 +13,8 @@ from transformers import DynamicCache, GenerationConfig
 
 import popmm
 from popmm import compat
-from popmm.attachment import MARKER
-from popmm.passes import NotPrunedWarning
+from popmm.runtime.attachment import MARKER
+from popmm.runtime.passes import NotPrunedWarning
 
 CONFIG = popmm.PopConfig(ffn_ratio=0.5, candidate_fraction=0.2, selection="mask")
 NAME = "model.layers.0.mlp"

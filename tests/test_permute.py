@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import popmm
-from popmm.permute import region_moves
+from popmm.layouts.permute import region_moves
 
 CONFIG = popmm.PopConfig(ffn_ratio=0.4, candidate_fraction=0.2, layout="permute")
 COPY = CONFIG.replace(layout="copy")
@@ -273,7 +273,7 @@ def test_compiled_steps_serve_all_prompts_without_recompiling(llama):
 
 
 def test_partition_time_is_that_of_moving_the_channels(llama, monkeypatch):
-    from popmm.permute import PermuteLayout
+    from popmm.layouts.permute import PermuteLayout
 
     moved, plain = [], PermuteLayout._move
 

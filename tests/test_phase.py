@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
 import popmm
-from popmm.padding import counted_tokens
+from popmm.runtime.padding import counted_tokens
 
 BUDGET = 48
 CONFIG = popmm.PopConfig(ffn_ratio=0.4, selection="mask")

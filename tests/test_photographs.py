@@ -20,7 +20,8 @@ from transformers import (
 
 import popmm
 from popmm import zoo
-from popmm.conversation import Conversation, chat_inputs
+from popmm.conversation import Conversation
+from popmm.zoo.encoding import chat_inputs
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}"

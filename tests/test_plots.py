@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 
 import popmm
-from popmm import channels, plots, zoo
-from popmm.budget import RegionSizes
+from popmm import zoo
+from popmm.cli import channels
+from popmm.cli import plots
+from popmm.method.budget import RegionSizes
 from popmm.cli import main
-from popmm.conversation import chat_inputs
-from popmm.images import open_image
-from popmm.partition import split
+from popmm.zoo.encoding import chat_inputs
+from popmm.cli.images import open_image
+from popmm.method.partition import split
 
 SETTINGS = dict(do_sample=False, max_new_tokens=12, min_new_tokens=12)
 

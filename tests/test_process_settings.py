@@ -15,11 +15,11 @@ import torch
 
 import popmm
 from popmm import kernels, zoo
-from popmm.importance import ChannelStatistics
+from popmm.method.importance import ChannelStatistics
 from popmm.kernels import native
-from popmm.modality import JointStatistics
-from popmm.padding import first_copies
-from popmm.trace import Trace
+from popmm.method.modality import JointStatistics
+from popmm.runtime.padding import first_copies
+from popmm.runtime.trace import Trace
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = """

@@ -113,7 +113,7 @@ def test_rows_that_have_ended_do_not_count(llama):
 
 @torch.no_grad()
 def test_simulated_decode_stops_where_a_step_is_dense(llama):
-    from popmm.compare import decode_along
+    from popmm.cli.compare import decode_along
 
     prompt, text = tiny.prompt(10), tiny.prompt(11, seed=1)[0]
     with popmm.pruned(llama, ffn_ratio=0.4, refresh_every=3) as state:

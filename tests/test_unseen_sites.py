@@ -10,8 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import popmm
-from popmm.prompt import PromptPass
-from popmm.sequence import Sequence
+from popmm.runtime.prompt import PromptPass
+from popmm.runtime.sequence import Sequence
 
 CONFIG = popmm.PopConfig(ffn_ratio=0.5, selection="mask")
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 import popmm
 from popmm import compat
-from popmm.passes import NotPrunedWarning
+from popmm.runtime.passes import NotPrunedWarning
 
 RATIO = popmm.PopConfig(ffn_ratio=0.5, selection="mask")
 
@@ -133,7 +133,7 @@ def test_compiled_steps_are_counted(llama):
 
 
 def _with_step(model, state, step):
-    from popmm.wrappers import compiled
+    from popmm.runtime.wrappers import compiled
 
     class Holder:
         def get_compiled_call(self, config):

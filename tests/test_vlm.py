@@ -12,7 +12,7 @@ import torch
 from popmm.adapters.base import find_decoder
 
 import popmm
-from popmm import reference
+from popmm.method import reference
 
 RATIO = 0.4
 CONFIG = popmm.PopConfig(ffn_ratio=RATIO, candidate_fraction=0.2, prior_tokens=0)

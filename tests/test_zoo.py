@@ -8,8 +8,8 @@ import torch
 
 import popmm
 from popmm import zoo
-from popmm.evaluate import Wanted, evaluate
-from popmm.texts import cases_of
+from popmm.evaluation.evaluate import Wanted, evaluate
+from popmm.evaluation.texts import cases_of
 from popmm.zoo import train_stories
 
 # written for this test; neither in the training text nor by a model

@@ -35,7 +35,7 @@ def load(name: str, dtype: torch.dtype = torch.float32):
     Returns:
         ``(model, tokenizer)``, of ``"shapes"`` ``(model, processor)``; the model in eval mode on the CPU.
     """
-    from popmm.loading import auto_classes
+    from popmm.zoo.bundled import auto_classes
 
     folder = path(name)
     model_class, processor_class = auto_classes(AutoConfig.from_pretrained(folder))

@@ -1,0 +1,315 @@
+"""``popmm bench``: decode speed of dense and pruned models, against the bytes that each must read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import re
+import resource
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich import box
+from rich.table import Table
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from popmm.adapters import describe
+from popmm.attach import pruned
+from popmm.runtime.clock import Clock
+from popmm.compat import experts_implementation
+from popmm.config import PopConfig
+from popmm.evaluation.progress import progress
+from popmm.evaluation.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes, pruned_ffn_bytes
+
+PROMPTS = 2  # that a compiled row decodes before it is measured
+SETTLING = 3  # decode steps of each generation that are not counted
+
+
+@dataclass
+class BenchRow:
+    """What one way to decode costs. Times in milliseconds, weight bytes per step at this batch size."""
+
+    row: str
+    ms: float  # median per step
+    ms_p10: float
+    ms_p90: float
+    tokens_per_second: float
+    ffn_bytes: int
+    total_bytes: int
+    gb_per_second: float
+    of_copy_bandwidth: float
+    speed_up: float = 0.0  # against the baseline of record
+    of_bytes_ratio: float = 0.0  # speed-up times share of the bytes: 1 where time falls as the bytes do
+    partition_ms: float = 0.0
+    partition_steps: float = 0.0  # in dense decode steps of the baseline
+    prefill_ms: float = 0.0
+    buffers_gib: float = 0.0
+    peak_gib: float = 0.0
+    recompilations: int = 0  # after the first prompt
+    recordings: int = 0  # of CUDA graphs, after the first two prompts
+    channels_skipped: float = 0.0  # share of a token's FFN channels that are not computed
+
+
+@dataclass
+class Way:
+    """A row to measure: how to decode."""
+
+    label: str
+    config: PopConfig | None = None  # None = dense
+    compiled: bool = False
+    experts: str | None = None  # transformers' experts implementation of dense decode steps
+    int8: bool = False  # linear layers quantised weight-only by torchao
+    times: list[float] = field(default_factory=list)
+    prefills: list[float] = field(default_factory=list)
+    partitions: list[float] = field(default_factory=list)
+    ffn_bytes: int = 0  # per step
+    skipped: float = 0.0
+    saved: tuple[int, int] = (0, 0)  # bytes per step that quantisation saves: of the FFNs, of all weights
+    buffers: int = 0
+    peak: int = 0
+    recompilations: int = 0
+    recordings: int = 0
+
+
+def ways(
+    model, selections: list[str], ratios: list[float], layouts: list[str], compiled: bool, int8: bool = False
+) -> list[Way]:
+    """Dense rows, then one for each selection, ratio and layout. A selection may carry its bits: ``gate4``."""
+    has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
+    rows = [Way("dense eager")]
+    if has_experts and not compiled:
+        # batched_mm copies the routed experts' weights at each step: measured far behind on the CPU
+        names = ("eager", "grouped_mm", "batched_mm")[: 2 if model.device.type == "cpu" else 3]
+        rows = [Way(f"dense {name}", experts=name) for name in names]
+    if compiled:
+        rows.append(Way("dense compiled", compiled=True))
+    if int8:  # in eager mode torchao writes the weights out in full at each step
+        rows.append(Way("dense int8 (torchao), compiled", compiled=True, int8=True))
+    for selection in selections:
+        name, bits = selection.rstrip("0123456789"), selection.lstrip("abcdefghijklmnopqrstuvwxyz")
+        for ratio in ratios:
+            for layout in layouts:
+                config = PopConfig(
+                    pruning_ratio=ratio, selection=name, layout=layout, gate_bits=int(bits) if bits else None
+                )
+                label = f"{selection} {ratio:.0%}" + (f" {layout}" if len(layouts) > 1 else "")
+                rows.append(Way(label, config, compiled))
+    return rows
+
+
+class Bench:
+    """One model, one batch size, one length of prompt and answer."""
+
+    def __init__(self, model, batch: int, prompt: int, new: int) -> None:
+        self.model, self.batch, self.prompt, self.new = model, batch, prompt, new
+        self.device = next(model.parameters()).device
+        self.default_experts = experts_implementation(model.config)
+        self.dense_ffn_bytes, self.other_bytes = dense_ffn_bytes(model, batch), other_bytes(model)
+        self.bandwidth = copy_bandwidth(self.device)
+
+    def run(self, rows: list[Way], rounds: int) -> list[BenchRow]:
+        """Measures the rows, in turn where that needs no recompilation."""
+        eager = [way for way in rows if not way.compiled]
+        compiled = [way for way in rows if way.compiled]
+        with progress() as bars:
+            bar = bars.add_task("decoding", total=len(eager) * (rounds + 1) + len(compiled))
+            for turn in range(rounds + 1):
+                for way in eager:
+                    self._eager(way, keep=turn > 0)  # the first turn warms up
+                    bars.advance(bar)
+            for way in compiled:
+                self._compiled(way, rounds)
+                bars.advance(bar)
+        found = [self._row(way) for way in rows]
+        dense = [row for row, way in zip(found, rows) if way.config is None and not way.int8]
+        baseline = min([row for row in dense if row.row == "dense compiled"] or dense, key=lambda row: row.ms)
+        for row in found:
+            row.speed_up = baseline.ms / row.ms
+            row.of_bytes_ratio = row.speed_up * row.total_bytes / baseline.total_bytes
+            row.partition_steps = row.partition_ms / baseline.ms
+        return found
+
+    def _inputs(self, n_tokens: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        vocab = self.model.config.get_text_config().vocab_size
+        drawn = dict(generator=generator, dtype=torch.int64, device="cpu")
+        return torch.randint(2, min(vocab, 1000), (self.batch, n_tokens), **drawn).to(self.device)
+
+    def _eager(self, way: Way, keep: bool) -> None:
+        if way.experts is not None:
+            self.model.set_experts_implementation(way.experts)
+        with ExitStack() as stack:
+            state = stack.enter_context(pruned(self.model, way.config)) if way.config is not None else None
+            self._reset_peak()
+            prefill, times = self._generate(self.prompt, seed=0, new=self.new)
+            self._note(way, state, times if keep else [], [prefill] if keep else [])
+        if way.experts is not None:
+            self.model.set_experts_implementation(self.default_experts)
+
+    def _compiled(self, way: Way, rounds: int) -> None:
+        torch._dynamo.reset()
+        self.model.__dict__.pop("_compiled_call", None)
+        compile_config = CompileConfig(fullgraph=True)
+        compile_config._compile_all_devices = True
+        how = dict(cache_implementation="static", compile_config=compile_config)
+        with ExitStack() as stack:
+            if way.int8:
+                stack.callback(setattr, self, "model", self.model)
+                way.saved, self.model = int8_saving(self.model), quantised_copy(self.model)
+            state = stack.enter_context(pruned(self.model, way.config)) if way.config is not None else None
+            self._reset_peak()
+            graphs, recorded = [], []
+            for seed in range(PROMPTS + rounds):  # of growing length, to show that none recompiles
+                prefill, times = self._generate(self.prompt + seed, seed, self.new, **how)
+                graphs.append(counters["stats"]["unique_graphs"])
+                recorded.append(graphs_recorded(self.device))
+                if seed >= PROMPTS:
+                    self._note(way, state, times, [prefill])
+            way.recompilations, way.recordings = graphs[-1] - graphs[0], recorded[-1] - recorded[PROMPTS - 1]
+
+    def _generate(self, n_tokens: int, seed: int, new: int, **how) -> tuple[float, list[float]]:
+        """(seconds of the prompt pass, seconds of each decode step) as users run them."""
+        ids, clock = self._inputs(n_tokens, seed), Clock(None)
+        self._synchronize()
+        start = time.perf_counter()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=clock,
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            **how,
+        )
+        first, *steps = clock.times[1:]
+        # new caches have graphs recorded in their first steps
+        return first - start, [b - a for a, b in zip([first, *steps], steps)][SETTLING:]
+
+    def _note(self, way: Way, state, times: list[float], prefills: list[float]) -> None:
+        way.times += times
+        way.prefills += prefills
+        if state is not None:
+            way.skipped = state.channels_skipped()
+            way.ffn_bytes, way.buffers = pruned_ffn_bytes(state, self.batch), state.buffer_bytes()
+            way.partitions.append(state.partition_seconds())
+        if self.device.type == "cuda":
+            way.peak = max(way.peak, torch.cuda.max_memory_allocated())
+
+    def _row(self, way: Way) -> BenchRow:
+        ms = statistics.median(way.times) * 1e3
+        tenths = statistics.quantiles(way.times, n=10) if len(way.times) > 1 else way.times * 9
+        ffn = way.ffn_bytes if way.config is not None else self.dense_ffn_bytes
+        ffn, total = ffn - way.saved[0], ffn + self.other_bytes - way.saved[1]
+        rate = total / ms / 1e6
+        return BenchRow(
+            way.label,
+            ms,
+            tenths[0] * 1e3,
+            tenths[-1] * 1e3,
+            self.batch / ms * 1e3,
+            ffn,
+            total,
+            rate,
+            rate / self.bandwidth,
+            partition_ms=statistics.median(way.partitions) * 1e3 if way.partitions else 0.0,
+            prefill_ms=statistics.median(way.prefills) * 1e3,
+            buffers_gib=way.buffers / 2**30,
+            peak_gib=way.peak / 2**30,
+            recompilations=way.recompilations,
+            recordings=way.recordings,
+            channels_skipped=way.skipped,
+        )
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+
+def graphs_recorded(device: torch.device) -> int:
+    """CUDA graphs that Inductor has recorded so far."""
+    if device.type != "cuda":
+        return 0
+    from torch._inductor import cudagraph_trees
+
+    manager = cudagraph_trees.get_container(device.index or 0).tree_manager
+    return 0 if manager is None else int(re.sub(r"\D", "", repr(manager.graph_counter)))
+
+
+def quantised_copy(model):
+    """A copy of a model whose linear layers hold int8 weights. Stacked experts stay as they are."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    copied = copy.deepcopy(model)
+    quantize_(copied, Int8WeightOnlyConfig())
+    return copied
+
+
+_COLUMNS = {
+    "ms": "{:.2f}",
+    "ms_p10": "{:.2f}",
+    "ms_p90": "{:.2f}",
+    "tokens_per_second": "{:.1f}",
+    "gb_per_second": "{:.1f}",
+    "of_copy_bandwidth": "{:.2f}",
+    "speed_up": "{:.2f}",
+    "of_bytes_ratio": "{:.2f}",
+    "partition_steps": "{:.2f}",
+    "prefill_ms": "{:.1f}",
+    "buffers_gib": "{:.2f}",
+    "peak_gib": "{:.1f}",
+    "recompilations": "{}",
+    "recordings": "{}",
+}
+
+
+def bench_table(rows: list[BenchRow], title: str) -> Table:
+    """Rows for people; the share of the baseline's bytes, and of the FFN channels skipped, stand beside the label."""
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table.add_column("")
+    for name in ("bytes", "skipped", *_COLUMNS):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        share = f"{row.total_bytes / rows[0].total_bytes:.1%}"
+        skipped = f"{row.channels_skipped:.1%}"
+        table.add_row(row.row, share, skipped, *(form.format(getattr(row, name)) for name, form in _COLUMNS.items()))
+    return table
+
+
+def bench_markdown(rows: list[BenchRow]) -> str:
+    """Rows as a Markdown table."""
+    lines = [
+        "| row | bytes | skipped | " + " | ".join(n.replace("_", " ") for n in _COLUMNS) + " |",
+        "|---" * (len(_COLUMNS) + 3) + "|",
+    ]
+    for row in rows:
+        cells = [form.format(getattr(row, name)) for name, form in _COLUMNS.items()]
+        share, skipped = f"{row.total_bytes / rows[0].total_bytes:.1%}", f"{row.channels_skipped:.1%}"
+        lines.append(f"| {row.row} | {share} | {skipped} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine() -> dict:
+    """Where a measurement was taken."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "peak_process_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def save_json(file: Path, settings: dict, rows: list[BenchRow]) -> None:
+    data = {"machine": machine(), "settings": settings, "rows": [asdict(row) for row in rows]}
+    file.write_text(json.dumps(data, indent=1) + "\n")

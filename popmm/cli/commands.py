@@ -1,0 +1,209 @@
+"""What the commands ``generate``, ``chat``, ``bench`` and ``demo`` do. Arguments are checked before torch is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+
+from popmm.cli.arguments import CHAT_RATIO, DEMO_PROMPT, check_folders, check_pictures, config_from, generation_settings, listed, numbers, prompt_from
+from popmm.config import PopConfig
+from popmm.evaluation.progress import for_people
+from popmm.cli.terminal import print_json
+
+
+def load_from(args: argparse.Namespace):
+    from popmm.zoo.loading import load_model
+
+    with for_people().status(f"loading {args.model}"):
+        return load_model(args.model, args.dtype, args.device)
+
+
+def generate(args: argparse.Namespace) -> None:
+    config, settings, prompt = config_from(args), generation_settings(args), prompt_from(args)
+    from popmm.zoo.encoding import tokenizer_of
+    from popmm.zoo.encoding import check_length, encode, has_template
+
+    model, processor = load_from(args)
+    inputs = encode(processor, prompt, model.device, args.chat)
+    check_length(model, inputs["input_ids"].shape[1], settings["max_new_tokens"])
+    asked = args.chat if args.chat is not None else has_template(processor)
+    advice = _when_empty(asked, has_template(processor))
+    run = _compare if args.compare else _generate
+    run(args, model, tokenizer_of(processor), inputs, config, settings, asked, advice)
+
+
+def _when_empty(asked: bool, has_template: bool) -> str:
+    """What to do when a model ends at once."""
+    if asked:
+        return "ask another question, or go on with the plain text by --no-chat"
+    if has_template:
+        return "ask in the model's chat template: leave --no-chat out"
+    return "give a longer prompt, or one whose text has not come to its end"
+
+
+def _generate(args, model, tokenizer, inputs, config, settings, asked, advice) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    from popmm.attach import pruned
+    from popmm.runtime.clock import timed_generate
+    from popmm.report import human_bytes
+
+    with pruned(model, config) as state:
+        torch.manual_seed(args.seed)
+        streamer = None if args.json else TextStreamer(tokenizer, skip_prompt=asked, skip_special_tokens=True)
+        tokens, seconds = timed_generate(model, inputs, streamer, **settings)
+        read, dense = state.bytes_per_token()
+        skipped, text = state.channels_skipped(), tokenizer.decode(tokens, skip_special_tokens=True)
+        if args.json:
+            print_json(
+                {
+                    "model": args.model,
+                    "prompt_tokens": inputs["input_ids"].shape[1],
+                    "text": text,
+                    "tokens": len(tokens),
+                    "tokens_per_second": 1 / seconds,
+                    "ffn_bytes_per_token": read,
+                    "dense_ffn_bytes_per_token": dense,
+                    "channels_skipped": skipped,
+                    "passes": dict(state.passes),
+                }
+            )
+        rate = "" if math.isnan(seconds) else f" at {1 / seconds:.1f} tokens/s"
+        for_people().print(
+            f"{len(tokens)} tokens{rate}, reading {human_bytes(read)} of {human_bytes(dense)} FFN weights per token "
+            f"({read / dense:.1%}), skipping {skipped:.1%} of the FFN channels",
+            style="dim",
+            soft_wrap=True,
+        )
+        if not text.strip():
+            _say_empty("the model", advice)
+
+
+def _say_empty(who: str, advice: str) -> None:
+    for_people().print(f"nothing was generated: {who} ended at once; {advice}", style="yellow", soft_wrap=True)
+
+
+def _compare(args, model, tokenizer, inputs, config, settings, asked, advice) -> None:
+    from popmm.cli.compare import compare
+
+    with for_people().status("generating"):
+        runs = compare(model, inputs, {label(config): config}, seed=args.seed, **settings)
+    show(runs, tokenizer, args.json, {"model": args.model, "prompt_tokens": inputs["input_ids"].shape[1]}, advice)
+
+
+def show(runs: list, tokenizer, as_json: bool, about: dict, advice: str) -> None:
+    """Texts to stdout, what they cost to stderr; or all of it as JSON to stdout."""
+    from rich.console import Console
+
+    from popmm.cli.compare import comparison_table, rows_of, text_of, texts_table
+
+    if as_json:
+        print_json({**about, "runs": rows_of(runs, tokenizer)})
+    else:
+        Console(highlight=False).print(texts_table(runs, tokenizer))
+        for_people().print(comparison_table(runs))
+    empty = [run.label for run in runs if not text_of(run, tokenizer)]
+    if empty:
+        _say_empty(" and ".join(empty), advice)
+
+
+def label(config: PopConfig) -> str:
+    if config.ffn_ratio is not None:
+        return f"{config.selection}, {config.ffn_ratio:.0%} of channels pruned"
+    return f"{config.selection}, {config.pruning_ratio:.0%} pruned"
+
+
+def chat(args: argparse.Namespace) -> None:
+    if args.pruning_ratio is None and args.ffn_ratio is None:
+        args.pruning_ratio = CHAT_RATIO
+    config, settings = config_from(args), generation_settings(args)
+    import torch
+
+    from popmm import zoo
+    from popmm.cli.chat import chat
+    from popmm.zoo.encoding import takes_pictures
+    from popmm.cli.images import open_image
+
+    for source in args.image:
+        open_image(source)  # before the model is loaded
+    model, processor = load_from(args)
+    if args.image and not takes_pictures(processor):
+        raise ValueError(f"--image: {args.model} reads text alone; give a vision-language model for pictures")
+    sources = args.image or ([str(zoo.picture())] if args.model == "zoo:shapes" else [])
+    torch.manual_seed(args.seed)
+    chat(model, processor, config, sources, **settings)
+
+
+def bench(args: argparse.Namespace) -> None:
+    if (args.shape is None) == (args.model is None):
+        raise ValueError("give either --shape, such as llama-3.1-8b, or --model")
+    for name in ("batch", "prompt_tokens", "new_tokens", "rounds"):
+        least = 8 if name == "new_tokens" else 1
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
+    check_folders(args.json)
+    check_pictures(args.plot)
+    ratios, selections, layouts = numbers(args.ratios), listed(args.selections), listed(args.layouts)
+    import torch
+    from rich.console import Console
+
+    from popmm.cli.bench import Bench, bench_table, machine, save_json, ways
+    from popmm.zoo.loading import DTYPES
+    from popmm.zoo.encoding import check_length
+    from popmm.cli.plots import bench_figure
+    from popmm.cli.shapes import random_model, shape_config
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.model is not None:
+        model, _ = load_from(args)
+    else:
+        dtype = DTYPES[args.dtype or ("float32" if device == "cpu" else "bfloat16")]
+        model = random_model(shape_config(args.shape, args.layers, args.tiny), dtype, device)
+    check_length(model, args.prompt_tokens, args.new_tokens)
+    compiled = args.compiled if args.compiled is not None else device != "cpu"
+    if args.int8 and importlib.util.find_spec("torchao") is None:
+        print("no int8 row: torchao is not installed (pip install torchao)", file=sys.stderr)
+        args.int8 = False
+    rows = ways(model, selections, ratios, layouts, compiled, args.int8)
+    found = Bench(model, args.batch, args.prompt_tokens, args.new_tokens).run(rows, args.rounds)
+    name = f"{args.shape or args.model}{' (tiny)' if args.tiny else ''}"
+    title = f"{name}, {str(model.dtype).removeprefix('torch.')}, batch {args.batch}"
+    Console(width=200).print(bench_table(found, title))
+    for_people().print(", ".join(f"{name} {value}" for name, value in machine().items()), style="dim")
+    if args.json:
+        settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot")}
+        save_json(args.json, {**settings, "title": title}, found)
+    if args.plot:
+        bench_figure(found, title, args.plot)
+
+
+def demo(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: give 1 or more")
+    from popmm import zoo
+    from popmm.cli.compare import compare
+    from popmm.zoo.encoding import check_length, encode
+
+    model, tokenizer = zoo.load("stories")
+    inputs = encode(tokenizer, DEMO_PROMPT, model.device)
+    check_length(model, inputs["input_ids"].shape[1], args.max_new_tokens)
+    configs = {f"{ratio:.0%} pruned": PopConfig(pruning_ratio=ratio) for ratio in (0.2, 0.4)}
+    console = for_people()
+    console.print(f'[bold]{DEMO_PROMPT}[/bold] ...\n\nThe bundled model "stories" goes on:')
+    with console.status("generating"):
+        runs = compare(model, inputs, configs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    show(runs, tokenizer, False, {}, _when_empty(False, False))
+    rounds_only = [run.label for run in runs[1:] if run.channels_skipped == 0]
+    if rounds_only:
+        console.print(
+            f"{' and '.join(rounds_only)}: no channel is skipped, all that is saved is the rounding of the gate rows.",
+            style="dim",
+        )
+    console.print(
+        "This model is tiny, so tokens/s here measure Python more than weights read; "
+        "the README has speeds at real sizes.",
+        style="dim",
+    )

@@ -1,0 +1,204 @@
+"""``popmm eval``: quality at equal bytes or ratios, answers about pictures, tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from popmm.cli.arguments import RATIOS, check_folders, check_pictures, config_from, listed, numbers
+from popmm.cli.commands import load_from
+from popmm.config import PopConfig
+from popmm.evaluation.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
+
+if TYPE_CHECKING:
+    from popmm.evaluation.evaluate import Case
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+GAMMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks the arguments and runs what they ask for."""
+    check_folders(args.json)
+    check_pictures(args.plot)
+    for name in ("context", "continuation", "texts_per_subset", "subsets", "pictures", "seeds", "batch", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    if args.calibration < 0:
+        raise ValueError(f"--calibration {args.calibration}: give 0 or more")
+    _check(args)
+    if args.tasks or args.preset:
+        return _evaluate_tasks(args)
+    model, tokenizer = load_from(args)
+    if args.task == "shapes" and not args.bytes and not args.ffn_ratios:
+        _evaluate_answers(args, model, tokenizer)
+    else:
+        _evaluate_methods(args, model, tokenizer)
+
+
+def dtype_of(model) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _save(args: argparse.Namespace, rows: list) -> None:
+    if args.json:
+        from popmm.evaluation.tables import rows_to_json
+
+        args.json.write_text(rows_to_json(rows, args) + "\n")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what would be found out late, or left out without a word."""
+    tasks, by_hand = args.tasks or args.preset, args.selection or args.gate_bits
+    by_statistics = args.task == "shapes" and not args.bytes and not args.ffn_ratios and not tasks
+    together = {
+        "--preset with --tasks": args.preset and args.tasks,
+        "--preset, the paper's own, with other settings": args.preset and config_from(args) != PopConfig(),
+        "--plot with --tasks or --preset": tasks and args.plot,
+        "--bytes or --ffn-ratios with --tasks or --preset": tasks and (args.bytes or args.ffn_ratios),
+        "--sweep with --tasks, --preset or --task shapes": args.sweep and (tasks or args.task == "shapes"),
+        "--sweep, which is of mask, with --bytes, --ffn-ratios, --methods or --candidate-fraction": args.sweep
+        and (args.bytes or args.ffn_ratios or args.methods or args.candidate_fraction is not None),
+        "--limit, --batch, --include-path or --run-code without --tasks or --preset": not tasks
+        and (args.limit or args.batch or args.include_path or args.run_code),
+        "--preset, which has its own, with --ratios": args.preset and args.ratios != RATIOS,
+        "--bytes with --ffn-ratios": args.bytes and args.ffn_ratios,
+        "--plot with --task shapes, which needs --bytes": by_statistics and args.plot,
+        "--selection or --gate-bits with methods, which set them": by_hand and not (tasks or by_statistics),
+    }
+    for words, given in together.items():
+        if given:
+            raise ValueError(f"{words} does not go: leave one out")
+    for ratio in numbers(args.ffn_ratios or args.ratios):
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio {ratio}: give numbers from 0 to below 1, such as 0.2,0.4")
+    for share in numbers(args.bytes or "1"):
+        if not 0 < share <= 1:
+            raise ValueError(f"--bytes {share}: give shares between 0 and 1, such as 0.7,0.5")
+    if args.text and not args.text.is_file():
+        raise ValueError(f"--text {args.text}: there is no such file")
+    if args.preset:
+        preset(args.preset)
+    if args.methods and not by_statistics:
+        from popmm.evaluation.methods import METHODS, check_known
+
+        check_known(listed(args.methods, METHODS))
+
+
+def _evaluate_tasks(args: argparse.Namespace) -> None:
+    if args.preset:
+        how = preset(args.preset)
+        tasks, ratios = list(how.tasks), list(how.ratios)
+    else:
+        how = Preset((), scoring="decode", batch=1, config=config_from(args))
+        tasks, ratios = listed(args.tasks), numbers(args.ratios)
+    model, tokenizer = load_from(args)
+    rows = evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        ratios,
+        how.config,
+        how.scoring,
+        args.batch or how.batch,
+        args.limit,
+        args.include_path,
+        args.run_code,
+    )
+    print(tasks_to_markdown(rows))
+    _save(args, rows)
+
+
+def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
+    from popmm.evaluation.evaluate import Wanted, evaluate, with_greedy
+    from popmm.zoo.encoding import check_length
+    from popmm.evaluation.methods import METHODS, methods_for
+    from popmm.evaluation.quality_plots import equal_bytes_figure
+    from popmm.evaluation.tables import model_name, rows_to_markdown
+    from popmm.evaluation.texts import text_cases
+
+    exact, dtype = args.task == "shapes", dtype_of(model)
+    if exact:
+        subsets, calibration = _picture_cases(args, model, tokenizer)
+    else:
+        check_length(model, args.context, args.continuation)
+        subsets, calibration = text_cases(
+            model,
+            tokenizer,
+            args.text,
+            args.start,
+            args.context,
+            args.continuation,
+            args.subsets,
+            args.texts_per_subset,
+            args.calibration,
+        )
+        subsets = [with_greedy(model, cases, args.continuation) for cases in subsets]
+    base = config_from(args)
+    if args.sweep:
+        return _sweep_gamma(args, model, subsets, base)
+    names = listed(args.methods, METHODS) if args.methods else methods_for(model)
+    if not calibration and not args.methods:
+        left_out = [name for name in names if METHODS[name].calibrated]
+        print(f"without {', '.join(left_out)}: no texts are left to calibrate on", file=sys.stderr)
+        names = [name for name in names if name not in left_out]
+    rounded = [Wanted(name) for name in names if name in METHODS and METHODS[name].weight_bits is not None]
+    names = [name for name in names if Wanted(name) not in rounded]
+    if args.bytes:
+        wanted = [Wanted(name, bytes_share=share) for share in numbers(args.bytes) for name in names]
+    elif args.ffn_ratios:
+        wanted = [Wanted(name, ffn_ratio=ratio) for ratio in numbers(args.ffn_ratios) for name in names]
+    else:
+        wanted = [Wanted(name, pruning_ratio=ratio) for ratio in numbers(args.ratios) for name in names]
+    rows = evaluate(model, subsets, wanted + rounded, base, calibration)
+    print(rows_to_markdown(rows, exact), f"Weights: {dtype}.")
+    measured = {(row.method, row.bytes_wanted) for row in rows}
+    for w in wanted:
+        if w.bytes_share is not None and (w.method, w.bytes_share) not in measured:
+            print(f"left out: {w.method} cannot read as little as {w.bytes_share:.0%}")
+    _save(args, rows)
+    if args.plot:
+        title = f"{model_name(args.model)}, {dtype}"
+        equal_bytes_figure(rows, title, args.plot, exact)
+
+
+def _sweep_gamma(args: argparse.Namespace, model, subsets: list[list[Case]], base: PopConfig) -> None:
+    from popmm.evaluation.evaluate import Row, Wanted, evaluate
+    from popmm.evaluation.quality_plots import gamma_figure
+    from popmm.evaluation.tables import model_name, rows_to_markdown
+
+    rows: list[Row] = []
+    for gamma in GAMMAS:
+        own = base.replace(selection="mask", candidate_fraction=gamma)
+        found = evaluate(model, subsets, [Wanted("mask", pruning_ratio=r) for r in numbers(args.ratios)], own)
+        rows += ([] if rows else found[:1]) + [replace(row, method=f"mask, gamma {gamma}") for row in found[1:]]
+    print(rows_to_markdown(rows), f"Weights: {dtype_of(model)}. Where the band would reach past the ends it is cut.")
+    _save(args, rows)
+    if args.plot:
+        gamma_figure(rows, f"mask on {model_name(args.model)}", args.plot)
+
+
+def _picture_cases(args: argparse.Namespace, model, processor) -> tuple[list, list]:
+    from popmm.evaluation.answers import held_out_questions
+    from popmm.evaluation.evaluate import Case
+
+    sets = [
+        [Case(q.inputs, q.answer) for q in held_out_questions(processor, model.device, seed, args.pictures)]
+        for seed in range(args.seeds + 1)
+    ]
+    return sets[:-1], sets[-1][: args.calibration]
+
+
+def _evaluate_answers(args: argparse.Namespace, model, processor) -> None:
+    from popmm.evaluation.answers import METHODS, answers_to_markdown, evaluate_answers
+
+    methods = listed(args.methods, METHODS) if args.methods else list(METHODS)
+    base = config_from(args)
+    if args.selection is None:  # gate reads all channels' gates, whatever ranked them
+        base = base.replace(selection="mask")
+    rows = evaluate_answers(model, processor, methods, numbers(args.ratios), base, args.pictures, args.seeds)
+    print(answers_to_markdown(rows))
+    print(f"\nExact answers in percent, {args.pictures} pictures per seed, {args.seeds} seeds; ± is their spread.")
+    _save(args, rows)

@@ -1,0 +1,66 @@
+"""Evaluation rows as Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import platform
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+
+from popmm.evaluation.evaluate import Row
+
+if TYPE_CHECKING:
+    from popmm.evaluation.answers import AnswerRow
+
+
+def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
+    """Rows as a Markdown table.
+
+    Args:
+        exact: whether the continuations are answers, whose exactness counts.
+    """
+    last = "exact answers" if exact else "same greedy tokens"
+    lines = [
+        f"| method | asked | FFN bytes | skipped | perplexity | KL to dense | top-1 agreement | {last} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r.bytes_wanted is not None:
+            asked = f"{r.bytes_wanted:.0%} of bytes"
+        else:
+            asked = f"{r.ffn_ratio if r.pruning_ratio is None else r.pruning_ratio:.0%} pruned"
+        skipped = "-" if r.channels_skipped is None else f"{r.channels_skipped:.1%}"
+        end = "-" if r.prefix is None else f"{r.prefix:.1f} ± {r.prefix_spread:.1f}"
+        if exact:
+            end = f"{r.exact:.1%} ± {r.exact_spread:.1%}"
+        cells = [
+            f"{r.perplexity:.3f} ± {r.perplexity_spread:.3f}",
+            f"{r.kl:.4f} ± {r.kl_spread:.4f}",
+            f"{r.top1:.1%} ± {r.top1_spread:.1%}",
+        ]
+        lines.append(f"| {' | '.join([r.method, asked, f'{r.bytes_share:.1%}', skipped, *cells, end])} |")
+    first = rows[0]
+    lines.append(
+        f"\n{first.texts} texts in {first.subsets} disjoint subsets; ± is the spread over subsets. "
+        "Skipped: share of a token's FFN channels that are not computed."
+    )
+    return "\n".join(lines)
+
+
+def model_name(model: str) -> str:
+    """A hub id or ``zoo:NAME`` as it is, a folder by its last part."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def rows_to_json(rows: list[Row] | list[AnswerRow], args: Namespace) -> str:
+    """Rows with what they were measured on."""
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot", "text")}
+    settings["text"] = args.text.name if args.text else "own samples"
+    settings["model"] = model_name(args.model)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
+    return json.dumps({"settings": settings, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1)

@@ -1,0 +1,245 @@
+"""Mixture of experts under POP: one partition per expert, from the prompt tokens routed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from popmm.method import ffn as arithmetic
+from popmm.adapters.dense import TOLERANCE
+from popmm.method.expert_linear import expert_linear
+from popmm.runtime.experts_interface import dense_experts, former_implementation
+from popmm.method.ffn import FFNWeights
+from popmm.method.importance import ChannelStatistics, blend_with_prior
+from popmm.method.modality import JointStatistics
+from popmm.runtime.phase import Phase
+from popmm.runtime.site import PrunedSite
+
+
+class PrunedExperts(PrunedSite):
+    """The stacked experts of one layer under POP."""
+
+    def wire(self, phase: Phase) -> None:
+        """Remembers whom to ask for the phase, and the experts implementation that runs the prompt."""
+        self.phase = phase
+        self.dense_forward = dense_experts(self.site.module, phase)
+        self._implementation = former_implementation(self.site.module)
+        self.reread()
+        self._rows = self._probe()
+
+    def reread(self) -> None:
+        self._prior, self._up_prior = self.prior(), self.up_prior()
+
+    def is_short(self, statistics: JointStatistics, tokens: int) -> bool:
+        """Whether no expert was given any token. Some is all that each is given, which ``importance`` allows for."""
+        return statistics.n_tokens == 0
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Experts of tokens x ``[n_tokens, d_model]`` routed to ``index`` with ``weight`` (``[n_tokens, k]``)."""
+        phase = self.phase
+        if not (torch.compiler.is_compiling() or phase.running):
+            phase.warn_if_unwired()
+            return self.dense_forward(x, index, weight)
+        if not phase.decoding:
+            return self.prefill(x, index, weight)
+        dense = self.sizes.is_dense
+        y, passing = (self.dense_forward(x, index, weight), None) if dense else self.decode(x, index, weight)
+        if self.trace is not None:
+            self.record(index, passing)
+        return y
+
+    def decode(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pruned experts. Each (token, expert) pair masks its own candidates.
+
+        Returns:
+            The output ``[n_tokens, d_model]``, and which channels in reading order passed, bool
+            ``[n_tokens * k, |R| + |C|]``; None if all did.
+        """
+        if self.config.selection == "gate":
+            return self._decode_gate(x, index, weight)
+        w, layout, sizes = self.layout.weights, self.layout, self.sizes
+        experts = index.flatten()
+        h, passing = self._hidden(x, index, w), None
+        if self.config.selection == "mask":
+            norm = layout.down_norm[experts]
+            passing = arithmetic.select(h, self.score, norm, sizes.retained, sizes.budget, self.choose)
+            h = arithmetic.fill_in(h, passing, None if layout.mean is None else layout.mean[experts])
+        return _down(h, w, index, weight, x), passing
+
+    def observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook that only measures: at ratio 0 the model's own experts run, whatever implementation is set."""
+        x, index, weight = (*args, *kwargs.values())[:3]
+        if self.phase.decoding:
+            if self.trace is not None:
+                self.record(index, None)
+        elif self.phase.prompt is not None:
+            h, up = self._hidden_and_up(x, index, self.site.weights())
+            self._measure(h, up, _natural(index.flatten()), index, weight)
+
+    def prefill(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Prompt pass: dense, or with the pruned channels of each expert off."""
+        prompt = self.phase.prompt
+        if prompt is None:
+            return self.dense_forward(x, index, weight)
+        pruning = self.config.prefill == "pruned" and not (self.sizes.is_dense or prompt.refreshes)
+
+        def observe(h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
+            """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``."""
+            statistics = self._measure(h, up, rows, index, weight)
+            return self._without_pruned(h, index.flatten()[rows], statistics) if pruning else h
+
+        if self._rows is not None:
+            rows = self._rows(index.flatten())
+
+            def seen(h: Tensor, gate_up: Tensor) -> Tensor:
+                return observe(h, self.site.split(gate_up)[1], rows)
+
+            return self._implementation(_Observed(self.site.module, seen), x, index, weight)
+        w = self.site.weights()
+        h = observe(*self._hidden_and_up(x, index, w), _natural(index.flatten()))
+        return _down(h, w, index, weight, x) if pruning else self.dense_forward(x, index, weight)
+
+    def importance(self, statistics: ChannelStatistics, short: bool = False) -> Tensor:
+        return blend_with_prior(statistics, self._prior.to(statistics.squares.device), self.config.prior_tokens)
+
+    def up_rms(self, pooled: ChannelStatistics, short: bool) -> Tensor:
+        """As importance: an expert that read few tokens leans on the norms of its up rows."""
+        squares = ChannelStatistics(pooled.up_squares, pooled.total, pooled.tokens)
+        return blend_with_prior(squares, self._up_prior.to(pooled.squares.device), self.config.prior_tokens)
+
+    def _decode_gate(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        experts, combine = index.flatten(), self.site.combine
+        pairs = x.repeat_interleave(index.shape[-1], dim=0)
+        if self.gathers(len(x)):
+            y, places = self.layout.decode(pairs, combine, experts)
+            passing = self.marked(places) if self.trace is not None else None
+        else:
+            choose = self.choose if self.phase.simulating else None
+            y, passing = self.layout.decode_all(pairs, combine, self.site.weights(), choose, experts)
+        return _mix(y, weight, x), passing
+
+    def release(self) -> None:
+        super().release()
+        self._prior = self._up_prior = None
+
+    def record(self, index: Tensor, passing: Tensor | None) -> None:
+        """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""
+        batch, n_tokens = self.phase.shape
+        experts = index.flatten()
+        order = self.layout_order().to(index.device)[experts]
+        if passing is None:
+            passing = torch.ones_like(order, dtype=torch.bool)
+        pairs = torch.zeros(len(experts), self.sizes.d_ff, dtype=torch.bool, device=index.device)
+        pairs.scatter_(1, order, passing)
+        full = torch.zeros(
+            batch * n_tokens, self.site.n_experts, self.sizes.d_ff, dtype=torch.bool, device=index.device
+        )
+        tokens = torch.arange(batch * n_tokens, dtype=torch.int64, device=index.device)
+        token = tokens.repeat_interleave(index.shape[-1])
+        full[token, experts] = pairs
+        self.trace.add(self.name, full.view(batch, n_tokens, *full.shape[1:]).transpose(0, 1))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _measure(self, h: Tensor, up: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
+        prompt = self.phase.prompt
+        # a router may send a token that skips its experts to some expert with weight zero
+        h, up = h.detach(), up.detach() if self.wants_up else None
+        experts, factor = index.detach().flatten()[rows], weight.detach().flatten()[rows]
+        read = {}
+        for modality, tokens in prompt.groups_of(len(index)).items():
+            own = factor != 0
+            if tokens is not None:
+                own &= tokens.to(h.device)[rows // index.shape[-1]]
+            weights = factor[own] if self.config.importance == "routed" else None
+            read[modality] = self.measured(
+                h[own], weight=weights, experts=experts[own], up=None if up is None else up[own]
+            )
+        return self.add(prompt, JointStatistics(read) if read else self.nothing())
+
+    def _without_pruned(self, h: Tensor, experts: Tensor, statistics: JointStatistics) -> Tensor:
+        pooled = self.pooled(statistics)
+        pruned = self.split(pooled, statistics.tokens).pruned
+        places = self.layout.positions(pruned)[experts]
+        if self.config.fill == "mean":
+            mean = pooled.mean.gather(1, pruned)[experts]
+            return h.scatter(1, places, mean.to(h.dtype))
+        return h.scatter(1, places, 0.0)
+
+    def _hidden(self, x: Tensor, index: Tensor, w: FFNWeights) -> Tensor:
+        """h of all (token, choice) pairs ``[n_tokens * k, d_ff]``, in natural order."""
+        return self._hidden_and_up(x, index, w)[0]
+
+    def _hidden_and_up(self, x: Tensor, index: Tensor, w: FFNWeights) -> tuple[Tensor, Tensor]:
+        experts = index.flatten()
+        pairs = x.repeat_interleave(index.shape[-1], dim=0)
+        gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
+        up = expert_linear(pairs, w.up, experts, w.up_bias)
+        return self.site.combine(gate, up), up
+
+    @torch.no_grad()
+    def _probe(self) -> Callable[[Tensor], Tensor] | None:
+        """Finds the row order of the running implementation's h.
+
+        Implementations that pass h through ``_apply_gate`` can be observed at no cost. Returns a function
+        from flat expert numbers to the (token, choice) pair behind each row, or None if h must be
+        computed a second time.
+        """
+        w, here = self.site.weights(), dict(dtype=torch.int64, device="cpu")
+        generator, n_tokens = torch.Generator("cpu").manual_seed(0), 4
+        x = torch.randn(n_tokens, w.d_model, generator=generator, dtype=torch.float32, device="cpu").to(w.gate)
+        # falling expert numbers, so that no two row orders look alike
+        choice = torch.arange(n_tokens, **here)[:, None] + torch.arange(self.site.top_k, **here)
+        index = (-1 - choice).remainder(self.site.n_experts).to(x.device)
+        weight = torch.ones(index.shape, dtype=x.dtype, device=x.device)
+        h = self._hidden(x, index, w)
+        seen: list[Tensor] = []
+
+        def keep(rows: Tensor, gate_up: Tensor) -> Tensor:
+            seen.append(rows)
+            return rows
+
+        self._implementation(_Observed(self.site.module, keep), x, index, weight)
+        for order in (_natural, _by_expert):
+            if len(seen) == 1 and seen[0].shape == h.shape and _close(seen[0], h[order(index.flatten())]):
+                return order
+        return None
+
+
+class _Observed:
+    """An experts module whose ``_apply_gate`` hands h and its input to an observer and goes on with what it returns."""
+
+    def __init__(self, module: nn.Module, observe: Callable[[Tensor], Tensor]) -> None:
+        self._module, self._observe = module, observe
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self._observe(self._module._apply_gate(gate_up), gate_up)
+
+
+# row orders of h, as the (token, choice) pair behind each row, from flat expert numbers
+def _natural(experts: Tensor) -> Tensor:
+    return torch.arange(len(experts), dtype=torch.int64, device=experts.device)
+
+
+def _by_expert(experts: Tensor) -> Tensor:
+    return experts.sort()[1]
+
+
+def _down(h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Down projection of h ``[n_tokens * k, n]``, summed over a token's experts by router weight, in x's dtype."""
+    return _mix(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
+
+
+def _mix(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Outputs of all (token, choice) pairs, summed over a token's experts by router weight, in x's dtype."""
+    mixed = (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1)
+    return mixed.to(x.dtype)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a.float() - b.float()).abs().max() <= TOLERANCE.get(a.dtype, 1e-4) * b.float().abs().max())

@@ -1,0 +1,151 @@
+"""What stands around an attached model's own calls, so that each runs in its phase.
+
+Somebody may keep one of these beyond detach (accelerate's hooks call the forward that they found): then it is
+transparent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from popmm.adapters.vlm import Surroundings
+from popmm.runtime.calls import Arguments, input_shape
+from popmm.compat import BATCHING_CALLS, CONTINUOUS_BATCHING, find_cache, generate_settings, is_exporting
+from popmm.runtime.experts_interface import check_switched
+from popmm.runtime.phase import Phase
+
+
+def _is_compiled_step(phase: Phase, arguments: dict[str, Any]) -> bool:
+    """Whether this call is a decode step being compiled, which must be nothing but tensor operations."""
+    is_step = phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1
+    return torch.compiler.is_compiling() and is_step
+
+
+def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable:
+    """The decoder's forward, run in the phase that each call is."""
+    forward = decoder.forward
+    read = Arguments(forward)
+    run = torch.compiler.disable(phase.run)
+
+    @functools.wraps(forward)
+    def phased_forward(*args, **kwargs):
+        if phase.released:
+            return forward(*args, **kwargs)
+        if is_exporting():
+            raise RuntimeError(
+                "torch.export and torch.jit.trace fix one path, and an attached model takes another at decode than at "
+                "its prompt: call popmm.detach(model) first"
+            )
+        arguments = read(args, kwargs)
+        if _is_compiled_step(phase, arguments):
+            return forward(*args, **kwargs)
+        if decoder.training:
+            raise RuntimeError("the model is in training mode: call model.eval(), or popmm.detach(model) to train")
+        if switches_experts:
+            check_switched(decoder)
+        return run(forward, args, kwargs, arguments)
+
+    return phased_forward
+
+
+def with_modalities(surroundings: Surroundings, phase: Phase) -> Callable:
+    """The forward of the module around the decoder, which knows what the decoder cannot see: image tokens."""
+    forward = surroundings.module.forward
+    read = Arguments(forward)
+    run = torch.compiler.disable(phase.run_around)
+
+    @functools.wraps(forward)
+    def reading_forward(*args, **kwargs):
+        if phase.released or is_exporting():  # the decoder inside refuses to be exported
+            return forward(*args, **kwargs)
+        arguments = read(args, kwargs)
+        if _is_compiled_step(phase, arguments):
+            return forward(*args, **kwargs)
+        return run(forward, args, kwargs, lambda: surroundings.modalities(arguments))
+
+    return reading_forward
+
+
+def exclusive(generate: Callable, phase: Phase) -> Callable:
+    """``generate``, refused to a second thread from its first token to its last."""
+
+    @functools.wraps(generate)
+    def exclusive_generate(*args, **kwargs):
+        if phase.released:
+            return generate(*args, **kwargs)
+        with phase.exclusive("generate"):
+            setting = generate_settings(generate, args, kwargs)
+            if setting("cache_implementation") == "paged":
+                raise RuntimeError(CONTINUOUS_BATCHING)
+            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+            fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
+            with phase.generating(copies, fillers, drafts=bool(setting("is_assistant"))):
+                return generate(*args, **kwargs)
+
+    return exclusive_generate
+
+
+def refused_batching(model: nn.Module, phase: Phase) -> list[tuple[nn.Module, str, Callable]]:
+    """Overrides that refuse continuous batching before anything is started."""
+
+    def refusing(call: Callable) -> Callable:
+        @functools.wraps(call)
+        def refuse(*args, **kwargs):
+            if phase.released:
+                return call(*args, **kwargs)
+            raise RuntimeError(CONTINUOUS_BATCHING)
+
+        return refuse
+
+    return [(model, name, refusing(getattr(model, name))) for name in BATCHING_CALLS if hasattr(model, name)]
+
+
+def _tokens(*given) -> set[int]:
+    """Token ids given as numbers or lists of them."""
+    flat = [token for own in given if own is not None for token in (own if isinstance(own, (list, tuple)) else [own])]
+    return {int(token) for token in flat}
+
+
+def compiled(get_compiled_call: Callable, phase: Phase, refreshes: bool) -> Callable:
+    """``generate``'s compiled step, which counts its passes and is left out where a step refreshes the partition."""
+
+    @functools.wraps(get_compiled_call)
+    def get_counted_call(*args, **kwargs):
+        step, model = get_compiled_call(*args, **kwargs), get_compiled_call.__self__
+        if phase.released:
+            return step
+
+        def counted(*args, **kwargs):
+            ids = kwargs.get("input_ids")
+            is_step = not phase.in_prompt and ids is not None and ids.shape[1] == 1
+            if is_step and not phase.decodes(find_cache(kwargs)):
+                return model(*args, **kwargs)  # eagerly: it has another partition to make, or none
+            if refreshes and is_step and phase.compiled_step():
+                return model(*args, **kwargs)
+            before = phase.passes.total
+            output = step(*args, **kwargs)
+            if is_step and phase.passes.total == before:  # compiled code does not pass by the phase
+                phase.seen("decode")
+            return output
+
+        return counted
+
+    return get_counted_call
+
+
+def chunked(prefill: Callable, phase: Phase) -> Callable:
+    """``generate``'s prefill, whose passes are a prompt however few tokens they bring."""
+
+    @functools.wraps(prefill)
+    def chunked_prefill(input_ids, generation_config, *args, **kwargs):
+        if phase.released or generation_config.prefill_chunk_size is None:
+            return prefill(input_ids, generation_config, *args, **kwargs)
+        with phase.reading_prompt():
+            return prefill(input_ids, generation_config, *args, **kwargs)
+
+    return chunked_prefill

@@ -1,0 +1,152 @@
+"""Models by name: bundled ones as ``zoo:NAME``, others by folder, GGUF file or hub id."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from popmm import zoo
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ZOO_PREFIX = "zoo:"
+GGUF = ".gguf"
+_FILES = (GGUF, ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".onnx")
+_ADVICE = "give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or zoo:NAME"
+
+
+def load_model(name: str, dtype: str | None = None, device: str | None = None):
+    """``(model, tokenizer)``, of vision-language models ``(model, processor)``; the model in eval mode.
+
+    Args:
+        name: ``zoo:stories``, a folder, a GGUF file, or a hub id.
+        dtype: a key of ``DTYPES``; None = the checkpoint's own, of bundled models and GGUF files float32 on the CPU and
+            bfloat16 elsewhere.
+        device: a torch device; None = cuda where there is one.
+
+    Raises:
+        ValueError: there is no such model; nothing that looks like a path is asked of the hub.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}: give one of {', '.join(DTYPES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    by_device = DTYPES[dtype or ("float32" if str(device) == "cpu" else "bfloat16")]
+    if name.startswith(ZOO_PREFIX):
+        model, tokenizer = zoo.load(name.removeprefix(ZOO_PREFIX), dtype=by_device)
+        return model.to(device), tokenizer
+    path = local_path(name)
+    if path is not None and path.suffix == GGUF:
+        if importlib.util.find_spec("gguf") is None:
+            raise RuntimeError(f"--model {name}: GGUF files need the package gguf: pip install gguf")
+        where, how, torch_dtype = path.parent, {"gguf_file": path.name}, by_device
+    else:
+        where, how, torch_dtype = path or name, {}, DTYPES[dtype] if dtype else "auto"
+    try:
+        model_class, processor_class = auto_classes(AutoConfig.from_pretrained(where, **how))
+    except OSError as error:
+        raise ValueError(_not_found(name, path, error)) from None
+    processor = processor_class.from_pretrained(where, **how)
+    if how:
+        _complete(processor, path)
+    model, info = model_class.from_pretrained(where, dtype=torch_dtype, output_loading_info=True, **how)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(
+            f"--model {name}: transformers finds no weights for {missing[0]}{others} in this file or folder"
+        )
+    return model.to(device).eval(), processor
+
+
+def _complete(tokenizer, file: Path) -> None:
+    """Chat template and special tokens of a GGUF file, where transformers' reader leaves them out."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    if getattr(tokenizer, "chat_template", None) is None and "tokenizer.chat_template" in fields:
+        tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+    for name in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None and getattr(tokenizer, f"{name}_token", None) is None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+
+
+def local_path(name: str) -> Path | None:
+    """The folder or GGUF file of that name; None for a hub id.
+
+    Raises:
+        ValueError: it is written as a path, and there is nothing there that can be loaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.glob(f"*{GGUF}"))
+            hint = f"give one of its files: {', '.join(files[:5])}" if files else "give the folder of a saved model"
+            raise ValueError(f"--model {name}: this folder holds no config.json; {hint}")
+        return path
+    if path.is_file():
+        if path.suffix != GGUF:
+            raise ValueError(f"--model {name}: this file is no {GGUF} file; {_ADVICE}")
+        return path
+    beside = "/" in name and path.parent.is_dir()
+    if beside or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or path.suffix in _FILES:
+        there = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
+        hint = f"; folders there: {', '.join(there[:5])}" if there else ""
+        raise ValueError(f"--model {name}: there is no such folder or file{hint}; {_ADVICE}")
+    return None
+
+
+def _not_found(name: str, path: Path | None, error: OSError) -> str:
+    if path is not None:
+        return f"--model {name}: {' '.join(str(error).split())}"
+    bundled = f"; did you mean {ZOO_PREFIX}{name}?" if name in zoo.names() else ""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return f"--model {name}: no folder here, and not to be had from the hub ({reason}){bundled or '; ' + _ADVICE}"
+
+
+def auto_classes(config):
+    """(model class, processor class) that load a configuration's model: with pictures, if it reads any."""
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText, AutoProcessor
+    return AutoModelForCausalLM, AutoTokenizer
+
+
+def has_template(processor) -> bool:
+    """Whether a tokenizer or processor has a chat template."""
+    return getattr(processor, "chat_template", None) is not None
+
+
+def encode(processor, prompt: str, device, chat: bool | None = None) -> dict[str, torch.Tensor]:
+    """A prompt as ``generate`` takes it.
+
+    Args:
+        chat: whether as a question in the chat template; None = where there is one.
+    """
+    from popmm.zoo.encoding import chat_inputs, tokenizer_of
+
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give at least one word")
+    if chat and not has_template(processor):
+        raise ValueError("this tokenizer has no chat template: leave --chat out")
+    if has_template(processor) if chat is None else chat:
+        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        return dict(chat_inputs(processor, messages, device))
+    encoded = tokenizer_of(processor)(prompt, return_tensors="pt")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def context_length(model) -> int | None:
+    """Tokens that a model reads at most; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_length(model, prompt: int, new: int) -> None:
+    """Refuses a prompt of ``prompt`` tokens that leaves no room for ``new`` ones."""
+    most = context_length(model)
+    if most is not None and prompt + new > most:
+        room = f"--max-new-tokens {most - prompt} or less" if prompt < most else f"a prompt below {most} tokens"
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {new} new ones are more than the model's {most}: give {room}"
+        )
