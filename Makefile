@@ -8,7 +8,7 @@ CORE := tests/test_dense.py tests/test_moe.py tests/test_vlm.py tests/test_phase
 # the lower bounds of pyproject.toml, as versions to install
 OLDEST := $(shell sed -nE 's/^.*"(torch|transformers)>=([0-9.]+)".*$$/\1==\2.*/p; s/^.*"(torchvision)>=([0-9.]+)".*$$/\1==\2.*/p' pyproject.toml)
 
-.PHONY: demo test test-all test-newest test-oldest test-core lint format lock clean
+.PHONY: demo test test-all test-newest test-oldest test-core lint format lock build clean
 
 demo: $(VENV)/.installed  ## pruned stories from the bundled model, against dense
 	$(BIN)/popmm demo
@@ -46,6 +46,12 @@ lock:  ## writes constraints.txt: the newest versions of everything, for every P
 
 PACKAGING := pyproject.toml setup.py popmm-editable.pth popmm-lm-eval.pth
 
+build: $(VENV)/.installed  ## sdist and wheel; the wheel is installed in an environment of its own and tried
+	rm -rf dist .venv-build && $(PYTHON) -m venv .venv-build
+	.venv-build/bin/python $(INSTALL) build && .venv-build/bin/python -m build --outdir dist .
+	.venv-build/bin/python $(INSTALL) --constraint constraints.txt dist/*.whl
+	cd dist && ../.venv-build/bin/popmm generate --max-new-tokens 20
+
 $(VENV)/.installed: $(PACKAGING) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev]'
@@ -62,4 +68,4 @@ $(VENV)/.installed: $(PACKAGING) constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .venv-build build dist *.egg-info

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from popmm import kernels
-from popmm.method.expert_linear import _grouped
 from popmm.kernels.twin import quantise
+from popmm.method.expert_linear import _grouped
 
 TINY = "--tiny" in sys.argv
 D_MODEL, D_FF, EXPERTS, ROUTED = (64, 256, 8, 2) if TINY else (4096, 14336, 32, 4)

@@ -21,10 +21,10 @@ import popmm
 from popmm.cli.compare import decode_along
 from popmm.compat import cache_of
 from popmm.evaluation.evaluate import decode_logits
-from popmm.zoo.loading import load_model
 from popmm.evaluation.methods import METHODS, Method, fit
-from popmm.state import PartitionState
 from popmm.evaluation.texts import own_samples, text_cases
+from popmm.state import PartitionState
+from popmm.zoo.loading import load_model
 
 SHARES = (0.7, 0.5)
 BASE = popmm.PopConfig()

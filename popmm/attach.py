@@ -10,23 +10,30 @@ import torch
 from torch import nn
 
 from popmm.act import whole_act
-from popmm.adapters import ModelDescription, UnsupportedModelError, describe, find_decoder, find_surroundings, tower_ffns
-from popmm.runtime.attachment import MARKER, Attachment, Hook, Kept, Override
-from popmm.method.budget import MAX_FFN_RATIO, region_sizes
+from popmm.adapters import (
+    ModelDescription,
+    UnsupportedModelError,
+    describe,
+    find_decoder,
+    find_surroundings,
+    tower_ffns,
+)
 from popmm.budget import ratio_of
 from popmm.compat import CACHE_LENGTH, device_map, internal, is_offloaded
 from popmm.config import PopConfig
+from popmm.layouts.choose import Layout, choose_layout, shared_parameters, why_not_in_place
+from popmm.layouts.traffic import SizesRule, sizes_for, with_bits
+from popmm.method.budget import MAX_FFN_RATIO, region_sizes
+from popmm.runtime.attachment import MARKER, Attachment, Hook, Kept, Override
 from popmm.runtime.caches import StaticCaches
 from popmm.runtime.experts import PrunedExperts
 from popmm.runtime.experts_interface import ON_MODULE, dense_experts
 from popmm.runtime.integrity import Integrity, leads_to
-from popmm.layouts.choose import Layout, choose_layout, shared_parameters, why_not_in_place
 from popmm.runtime.phase import Phase
 from popmm.runtime.site import PrunedFFN, PrunedSite
-from popmm.state import PartitionState
 from popmm.runtime.tower import PrunedTowerFFN, tower_ratio
-from popmm.layouts.traffic import SizesRule, sizes_for, with_bits
 from popmm.runtime.wrappers import chunked, compiled, exclusive, phased, refused_batching, with_modalities
+from popmm.state import PartitionState
 
 
 def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> PartitionState:

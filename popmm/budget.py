@@ -1,9 +1,8 @@
-"""From a target ratio to an FFN ratio, and from there to the sizes of an FFN's regions."""
+"""From a target ratio of a model to the ratio of its FFNs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,66 +10,9 @@ from transformers import AutoModel, PretrainedConfig
 
 from popmm.adapters import ModelDescription, describe
 from popmm.config import PopConfig
+from popmm.method.budget import MAX_FFN_RATIO, RegionSizes, gate_sizes, region_sizes
 
-MAX_FFN_RATIO = 0.95
-
-
-@dataclass(frozen=True)
-class RegionSizes:
-    """Sizes of an FFN's regions, in channels."""
-
-    d_ff: int
-    budget: int  # K, active per token
-    retained: int  # |R|
-    candidate: int  # |C|
-
-    @property
-    def read(self) -> int:
-        """Channels whose gate and up rows decode reads: |R| + |C|."""
-        return self.retained + self.candidate
-
-    @property
-    def pruned(self) -> int:
-        return self.d_ff - self.read
-
-    @property
-    def is_dense(self) -> bool:
-        return self.retained == self.d_ff
-
-
-def region_sizes(d_ff: int, ffn_ratio: float, candidate_fraction: float) -> RegionSizes:
-    """K = (1 - ffn_ratio) d_ff, \\|C\\| = gamma d_ff around the K-th channel, \\|R\\| = K - \\|C\\| // 2."""
-    budget = max(1, round((1 - ffn_ratio) * d_ff))
-    candidate = min(round(candidate_fraction * d_ff), 2 * min(budget, d_ff - budget))
-    return RegionSizes(d_ff, budget, budget - candidate // 2, candidate)
-
-
-def gate_sizes(d_ff: int, ffn_ratio: float, candidate_fraction: float | None, gate_cost: float = 1.0) -> RegionSizes:
-    """Sizes for ``selection="gate"``: U gate rows, K up and down rows, ``(gate_cost U + 2 K) / 3`` of the bytes.
-
-    Args:
-        ffn_ratio: share of the FFN's bytes not to read.
-        candidate_fraction: U / d_ff; None = all rows, fewer where few bytes are left (measured).
-        gate_cost: bytes of a gate row as it is read, of those of a full one.
-
-    Raises:
-        ValueError: the gate rows alone would take the bytes.
-    """
-    if ffn_ratio == 0:
-        return region_sizes(d_ff, 0.0, 0.0)
-    share = 1 - ffn_ratio
-    width = candidate_fraction
-    if width is None:
-        width = 1.0 if gate_cost < 1 else min(1.0, share + 0.4, max(2 * share - 0.1, share))
-    width = min(1.0, max(width, 3 * share / (2 + gate_cost)))  # K is at most U
-    candidate = max(1, round(width * d_ff))
-    budget = round((3 * share * d_ff - gate_cost * candidate) / 2)
-    if budget < 1:
-        raise ValueError(
-            f"selection='gate' reads {width:.0%} of the gate rows, {gate_cost * width / 3:.0%} of the FFN's bytes, "
-            f"before any channel, and may read {share:.0%}: prune less, or give a smaller candidate_fraction"
-        )
-    return RegionSizes(d_ff, min(budget, candidate), 0, candidate)
+__all__ = ["MAX_FFN_RATIO", "RegionSizes", "ffn_ratio", "gate_sizes", "ratio_of", "region_sizes"]
 
 
 def ffn_ratio(

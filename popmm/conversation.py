@@ -11,65 +11,17 @@ import torch
 from transformers import TextStreamer
 
 from popmm.attach import attach, detach
-from popmm.runtime.clock import clocked_generate
 from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
-from popmm.zoo.encoding import check_length
+from popmm.runtime.clock import clocked_generate
+from popmm.zoo.encoding import chat_inputs, check_chats, check_length, takes_pictures, tokenizer_of
+
+__all__ = ["Answer", "Conversation", "chat_inputs", "check_chats", "speed", "takes_pictures", "tokenizer_of"]
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from popmm.state import PartitionState
-
-
-def tokenizer_of(processor):
-    """The tokenizer of a processor, or the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def takes_pictures(processor) -> bool:
-    return getattr(processor, "image_processor", None) is not None
-
-
-def check_chats(processor) -> None:
-    """Refuses a processor or tokenizer without a chat template."""
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(
-            "this model has no chat template: give an instruction-tuned model, such as Qwen/Qwen2.5-VL-3B-Instruct or "
-            "the bundled zoo:shapes, or have popmm generate go on with a text"
-        )
-
-
-def chat_inputs(processor, messages: list[dict], device) -> dict[str, Tensor]:
-    """Inputs of ``generate`` for messages in chat form, whose image parts hold pictures (``PIL.Image``)."""
-    pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
-    if pictures and not takes_pictures(processor):
-        raise ValueError("this model reads text alone: give a vision-language model for questions about pictures")
-    check_chats(processor)
-    if not takes_pictures(processor):
-        messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    if not takes_pictures(processor):
-        encoded = processor(text, add_special_tokens=False, return_tensors="pt")
-        return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
-    if pictures and type(processor).__name__.startswith("Qwen"):
-        pictures = _resized_for_qwen(processor, messages)
-    begins = getattr(tokenizer_of(processor), "bos_token", None)
-    own_begin = begins is not None and text.startswith(begins)
-    settings = {"add_special_tokens": False} if own_begin else {}
-    inputs = processor(text=[text], images=pictures or None, return_tensors="pt", **settings)
-    return inputs.to(device)
-
-
-def _resized_for_qwen(processor, messages: list[dict]) -> list[Image]:
-    """Pictures at the sizes that Qwen-VL's own utilities choose."""
-    try:
-        from qwen_vl_utils import process_vision_info
-    except ImportError as error:
-        raise RuntimeError("Qwen-VL needs qwen-vl-utils: pip install 'popmm[vision]'") from error
-    pictures, _ = process_vision_info(messages, image_patch_size=processor.image_processor.patch_size)
-    return pictures
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich import box
 from rich.console import Console
@@ -13,10 +13,25 @@ from rich.table import Table
 from popmm.layouts.traffic import channels_computed
 
 if TYPE_CHECKING:
+    from popmm.runtime.passes import Passes
     from popmm.runtime.site import PrunedSite
-    from popmm.state import PartitionState
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer in a module's name
+
+
+class Summarised(Protocol):
+    """What a summary tells of a model: ``PartitionState`` has it."""
+
+    passes: Passes
+    ready: bool
+
+    def bytes_per_token(self) -> tuple[int, int]: ...
+
+    def channels_skipped(self) -> float: ...
+
+    def buffer_bytes(self) -> int: ...
+
+    def notes(self) -> dict[str, str]: ...
 
 
 def human_bytes(n: float) -> str:
@@ -35,17 +50,17 @@ def to_text(table: Table, width: int = 120) -> str:
     return buffer.getvalue().rstrip()
 
 
-def prompt_tokens(state: PartitionState) -> str:
+def prompt_tokens(ffns: list[PrunedSite]) -> str:
     """What the partition was made from, such as ``16 image + 21 text tokens``."""
     counts: dict[str, int] = {}
-    for ffn in state._ffns:
+    for ffn in ffns:
         per_token = max(1, ffn.site.top_k)  # experts count a token once for each that reads it
         for name, tokens in ffn.partition.tokens_by_modality.items():
             counts[name] = max(counts.get(name, 0), -(-int(tokens.sum()) // per_token))
     return " + ".join(f"{n} {name}" for name, n in sorted(counts.items())) + " tokens"
 
 
-def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
+def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
     """``PartitionState.summary``: a row per distinct FFN, then the total, the passes, the settings and the notes."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("FFN", overflow="fold", min_width=24)
@@ -59,7 +74,7 @@ def summary_table(state: PartitionState, ffns: list[PrunedSite]) -> str:
     pruned, dense = state.bytes_per_token()
     c = ffns[0].config
     importance = c.importance if isinstance(c.importance, str) else "callable"
-    status = f"partitioned from {prompt_tokens(state)}" if state.ready else "waiting for a prompt"
+    status = f"partitioned from {prompt_tokens(ffns)}" if state.ready else "waiting for a prompt"
     how = f"selection={c.selection}"
     if c.selection == "gate" and not ffns[0].sizes.is_dense:
         most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)

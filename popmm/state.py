@@ -13,13 +13,13 @@ import torch
 
 from popmm.compat import Cache
 from popmm.config import PopConfig
+from popmm.layouts.traffic import channels_computed
 from popmm.method.partition import FFNPartition
+from popmm.report import summary_table
 from popmm.runtime.passes import Passes
 from popmm.runtime.phase import Phase
-from popmm.report import summary_table
 from popmm.runtime.sequence import Sequence
 from popmm.runtime.trace import Trace
-from popmm.layouts.traffic import channels_computed
 
 if TYPE_CHECKING:
     from torch import Tensor

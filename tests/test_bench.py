@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from popmm.cli import bench
+from popmm.cli import bench, main
 from popmm.cli.bench import Bench, bench_markdown, ways
-from popmm.cli import main
 from popmm.cli.shapes import SHAPES, random_model, shape_config
 from popmm.evaluation.traffic import other_bytes
 

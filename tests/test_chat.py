@@ -11,10 +11,10 @@ from rich.console import Console
 
 import popmm
 from popmm import zoo
-from popmm.cli.chat import Chat
 from popmm.cli import main
-from popmm.conversation import Conversation
+from popmm.cli.chat import Chat
 from popmm.cli.images import open_image
+from popmm.conversation import Conversation
 from popmm.zoo import shapes
 
 CONFIG = popmm.PopConfig(pruning_ratio=0.2)

@@ -12,10 +12,10 @@ import popmm
 from popmm import zoo
 from popmm.cli import main
 from popmm.cli.compare import check_pruned, compare, comparison_table
-from popmm.zoo.encoding import encode
-from popmm.zoo.loading import load_model
 from popmm.evaluation.methods import METHODS
 from popmm.report import to_text
+from popmm.zoo.encoding import encode
+from popmm.zoo.loading import load_model
 
 SHORT = ["--max-new-tokens", "8"]
 PROMPT = "Once upon a time"

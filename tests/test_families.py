@@ -4,7 +4,6 @@ import pytest
 import tiny
 import tiny_families
 import torch
-from popmm.adapters import describe
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 import popmm
+from popmm.adapters import describe
 from popmm.config import PopConfig
 from popmm.method.ffn import ffn
 

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 import popmm
-from popmm.method.budget import gate_sizes
 from popmm.kernels.twin import dequantise, quantise
+from popmm.method.budget import gate_sizes
 
 DENSE = ("llama", "llama-bias", "phi3", "gemma3")
 MOE = ("mixtral", "qwen2-moe", "deepseek-v3", "gpt-oss")

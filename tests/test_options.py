@@ -7,8 +7,8 @@ import time
 import pytest
 
 import popmm
-from popmm.cli.arguments import listed
 from popmm.cli import main
+from popmm.cli.arguments import listed
 from popmm.evaluation.methods import METHODS
 
 

@@ -8,13 +8,11 @@ from PIL import Image
 
 import popmm
 from popmm import zoo
-from popmm.cli import channels
-from popmm.cli import plots
-from popmm.method.budget import RegionSizes
-from popmm.cli import main
-from popmm.zoo.encoding import chat_inputs
+from popmm.cli import channels, main, plots
 from popmm.cli.images import open_image
+from popmm.method.budget import RegionSizes
 from popmm.method.partition import split
+from popmm.zoo.encoding import chat_inputs
 
 SETTINGS = dict(do_sample=False, max_new_tokens=12, min_new_tokens=12)
 

@@ -15,8 +15,8 @@ import torch
 
 import popmm
 from popmm import kernels, zoo
-from popmm.method.importance import ChannelStatistics
 from popmm.kernels import native
+from popmm.method.importance import ChannelStatistics
 from popmm.method.modality import JointStatistics
 from popmm.runtime.padding import first_copies
 from popmm.runtime.trace import Trace

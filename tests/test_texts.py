@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from popmm.evaluation import texts as own
 from popmm import zoo
 from popmm.cli import main
+from popmm.evaluation import texts as own
 from popmm.evaluation.texts import text_cases, windows
 
 WORDS = "The cat sat on the mat.\nThen a dog came in, and they played in the garden all day. "

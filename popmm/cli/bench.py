@@ -22,11 +22,11 @@ from transformers import CompileConfig
 
 from popmm.adapters import describe
 from popmm.attach import pruned
-from popmm.runtime.clock import Clock
 from popmm.compat import experts_implementation
 from popmm.config import PopConfig
 from popmm.evaluation.progress import progress
 from popmm.evaluation.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes, pruned_ffn_bytes
+from popmm.runtime.clock import Clock
 
 PROMPTS = 2  # that a compiled row decodes before it is measured
 SETTLING = 3  # decode steps of each generation that are not counted

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 
+from popmm.cli.images import open_image
 from popmm.config import PopConfig
 from popmm.conversation import Answer, Conversation, speed
-from popmm.zoo.encoding import check_chats
-from popmm.cli.images import open_image
-from popmm.report import human_bytes
 from popmm.evaluation.progress import for_people
+from popmm.report import human_bytes
+from popmm.zoo.encoding import check_chats
 
 HELP = """/image PATH   show a picture (file or address) with the next question
 /ratio 0.3    prune so much from now on; 0 = dense

@@ -7,10 +7,20 @@ import importlib.util
 import math
 import sys
 
-from popmm.cli.arguments import CHAT_RATIO, DEMO_PROMPT, check_folders, check_pictures, config_from, generation_settings, listed, numbers, prompt_from
+from popmm.cli.arguments import (
+    CHAT_RATIO,
+    DEMO_PROMPT,
+    check_folders,
+    check_pictures,
+    config_from,
+    generation_settings,
+    listed,
+    numbers,
+    prompt_from,
+)
+from popmm.cli.terminal import print_json
 from popmm.config import PopConfig
 from popmm.evaluation.progress import for_people
-from popmm.cli.terminal import print_json
 
 
 def load_from(args: argparse.Namespace):
@@ -22,8 +32,7 @@ def load_from(args: argparse.Namespace):
 
 def generate(args: argparse.Namespace) -> None:
     config, settings, prompt = config_from(args), generation_settings(args), prompt_from(args)
-    from popmm.zoo.encoding import tokenizer_of
-    from popmm.zoo.encoding import check_length, encode, has_template
+    from popmm.zoo.encoding import check_length, encode, has_template, tokenizer_of
 
     model, processor = load_from(args)
     inputs = encode(processor, prompt, model.device, args.chat)
@@ -48,8 +57,8 @@ def _generate(args, model, tokenizer, inputs, config, settings, asked, advice) -
     from transformers import TextStreamer
 
     from popmm.attach import pruned
-    from popmm.runtime.clock import timed_generate
     from popmm.report import human_bytes
+    from popmm.runtime.clock import timed_generate
 
     with pruned(model, config) as state:
         torch.manual_seed(args.seed)
@@ -124,8 +133,8 @@ def chat(args: argparse.Namespace) -> None:
 
     from popmm import zoo
     from popmm.cli.chat import chat
-    from popmm.zoo.encoding import takes_pictures
     from popmm.cli.images import open_image
+    from popmm.zoo.encoding import takes_pictures
 
     for source in args.image:
         open_image(source)  # before the model is loaded
@@ -151,10 +160,10 @@ def bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from popmm.cli.bench import Bench, bench_table, machine, save_json, ways
-    from popmm.zoo.loading import DTYPES
-    from popmm.zoo.encoding import check_length
     from popmm.cli.plots import bench_figure
     from popmm.cli.shapes import random_model, shape_config
+    from popmm.zoo.encoding import check_length
+    from popmm.zoo.loading import DTYPES
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.model is not None:

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from popmm.attach import pruned
 from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
 from popmm.report import human_bytes
-
-
-class Clock(BaseStreamer):
-    """A streamer that notes when each token came, and hands it on."""
-
-    def __init__(self, inner: BaseStreamer | None) -> None:
-        self.inner, self.times = inner, []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-        if self.inner is not None:
-            self.inner.put(value)
-
-    def end(self) -> None:
-        if self.inner is not None:
-            self.inner.end()
+from popmm.runtime.clock import timed_generate
 
 
 @dataclass
@@ -46,21 +29,6 @@ class Run:
     partition_seconds: float = 0.0
     same_prefix: int = 0  # leading tokens equal to the dense run's
     top1_agreement: float = 1.0  # share of steps, along the dense text, that choose the dense token; nan without any
-
-
-def timed_generate(model, inputs: dict[str, Tensor], streamer: BaseStreamer | None = None, **settings):
-    """``(new tokens [n], seconds per decoded token)`` of a generation at batch 1; nan if nothing was decoded."""
-    output, seconds = clocked_generate(model, inputs, streamer, **settings)
-    return output[0, inputs["input_ids"].shape[1] :], seconds
-
-
-def clocked_generate(model, inputs: dict, streamer: BaseStreamer | None = None, **settings):
-    """``(what generate returns, seconds per decoded token)`` at batch 1; nan if nothing was decoded."""
-    clock = Clock(streamer)
-    output = model.generate(**inputs, streamer=clock, **settings)
-    # put is called with the prompt, then with the token that the prompt pass chose, then once per decode step
-    steps = clock.times[1:]
-    return output, (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else math.nan
 
 
 @torch.no_grad()

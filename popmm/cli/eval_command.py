@@ -113,11 +113,11 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
 
 def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
     from popmm.evaluation.evaluate import Wanted, evaluate, with_greedy
-    from popmm.zoo.encoding import check_length
     from popmm.evaluation.methods import METHODS, methods_for
     from popmm.evaluation.quality_plots import equal_bytes_figure
     from popmm.evaluation.tables import model_name, rows_to_markdown
     from popmm.evaluation.texts import text_cases
+    from popmm.zoo.encoding import check_length
 
     exact, dtype = args.task == "shapes", dtype_of(model)
     if exact:

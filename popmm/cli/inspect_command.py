@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from popmm.cli.arguments import DEMO_PROMPT, PICTURE_PROMPT, SECOND_PROMPT, check_pictures, config_from, generation_settings, prompt_from
+from popmm.cli.arguments import (
+    DEMO_PROMPT,
+    PICTURE_PROMPT,
+    SECOND_PROMPT,
+    check_pictures,
+    config_from,
+    generation_settings,
+    prompt_from,
+)
 from popmm.cli.commands import load_from
+from popmm.cli.terminal import print_json
 from popmm.config import PopConfig
 from popmm.evaluation.progress import for_people
-from popmm.cli.terminal import print_json
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,10 +82,9 @@ def _partition(args: argparse.Namespace, model, inputs: dict, second: dict, conf
 
 def _pictures(args: argparse.Namespace, config: PopConfig, settings: dict, prompt: str) -> None:
     from popmm.attach import pruned
-    from popmm.zoo.encoding import chat_inputs
     from popmm.cli.images import open_image
-    from popmm.zoo.encoding import check_length
     from popmm.cli.plots import modalities_figure, save
+    from popmm.zoo.encoding import chat_inputs, check_length
 
     pictures = [open_image(source)[0] for source in args.image]
     model, processor = load_from(args)

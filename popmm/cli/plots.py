@@ -9,7 +9,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from popmm.cli.channels import MODALITY_GROUPS, MODALITY_PAIRS, compared_channels, expert_grids, falling, grid, in_reading_order, is_of_experts, modality_overlaps, modality_rates, routed_rates, stacked, usage
+from popmm.cli.channels import (
+    MODALITY_GROUPS,
+    MODALITY_PAIRS,
+    compared_channels,
+    expert_grids,
+    falling,
+    grid,
+    in_reading_order,
+    is_of_experts,
+    modality_overlaps,
+    modality_rates,
+    routed_rates,
+    stacked,
+    usage,
+)
+from popmm.evaluation.figures import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,18 +37,6 @@ RETAINED, CANDIDATE, PRUNED, UNKNOWN = "#1f4e79", "#e07b39", "#e4e4e4", "#b9a7a7
 DPI = 130
 LABELLED = 40  # rows of a heat map, at most, that are all named
 WRITTEN = 8  # columns of a heat map, at most, whose values are written into it
-
-
-def pyplot():
-    """matplotlib without a display."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install 'popmm[eval]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -17,11 +17,11 @@ import torch
 
 from popmm.attach import pruned
 from popmm.config import PopConfig
-from popmm.zoo.encoding import chat_inputs, tokenizer_of
 from popmm.evaluation.evaluate import decode_logits
-from popmm.method.modality import TEXT
 from popmm.evaluation.progress import progress
+from popmm.method.modality import TEXT
 from popmm.zoo import shapes
+from popmm.zoo.encoding import chat_inputs, tokenizer_of
 
 if TYPE_CHECKING:
     from popmm.state import PartitionState

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from popmm.adapters import describe
-from popmm.method.budget import RegionSizes, region_sizes
 from popmm.budget import ratio_of
 from popmm.config import PopConfig
-from popmm.layouts.gate import GROUP
-from popmm.method.importance import ChannelStatistics
 from popmm.kernels.twin import dequantise, quantise
+from popmm.layouts.gate import GROUP
+from popmm.layouts.traffic import SizesRule, bytes_read, sizes_for, with_bits
+from popmm.method.budget import RegionSizes, region_sizes
+from popmm.method.importance import ChannelStatistics
 from popmm.runtime.site import PrunedSite
 from popmm.state import PartitionState
-from popmm.layouts.traffic import SizesRule, bytes_read, sizes_for, with_bits
 
 SAMPLES = 1 << 20  # scores per FFN that a threshold is taken from, at most
 

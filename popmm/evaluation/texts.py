@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from popmm.cli.arguments import TEXTS_PER_SUBSET
-from popmm.zoo.encoding import tokenizer_of
 from popmm.evaluation.evaluate import Case
 from popmm.evaluation.progress import progress
+from popmm.zoo.encoding import tokenizer_of
 
+TEXTS_PER_SUBSET = 30
 SEPARATOR = "<|endoftext|>"
 LEAST = 8  # tokens of a continuation
 PIECE = 20_000  # characters of an undivided text that are encoded at once

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from popmm import kernels
-from popmm.method.budget import RegionSizes
+from popmm.kernels.precision import without_autocast
+from popmm.kernels.twin import quantise
 from popmm.layouts.base import fix_addresses
+from popmm.method.budget import RegionSizes
 from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, gather, identities
 from popmm.method.fingerprint import fingerprint, same
-from popmm.kernels.precision import without_autocast
-from popmm.kernels.twin import quantise
 from popmm.method.partition import FFNPartition
 
 GROUP = 64  # gate weights that share a scale, along d_model

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from popmm.act import uninterrupted
-from popmm.method.budget import RegionSizes
 from popmm.layouts.base import fix_addresses
+from popmm.method.budget import RegionSizes
 from popmm.method.ffn import FFNWeights, down_norm
 from popmm.method.fingerprint import fingerprint, order_of, same
 from popmm.method.partition import FFNPartition

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from popmm import kernels
-from popmm.method.ffn import FFNWeights
 from popmm.kernels.precision import without_autocast
+from popmm.method.ffn import FFNWeights
 
 SAME = 1e-5  # of the largest projection: the rounding of another order of summation
 ALIKE = 0.5  # correlation from which two lists of marks are of the same channels

@@ -5,16 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from popmm.runtime.caches import StaticCaches
 from popmm.runtime.experts_interface import switch_off, switch_on
 from popmm.runtime.phase import Phase
-
-if TYPE_CHECKING:
-    from popmm.state import PartitionState
 
 MARKER = "_popmm_attachment"  # on the decoder: the model is attached
 _MISSING = object()
@@ -102,7 +99,7 @@ class Attachment:
     """What was put on a model, and what stood there before. Kept on the decoder, and so freed with it."""
 
     decoder: nn.Module
-    state: PartitionState
+    state: Any  # what ``attach`` returned: the surface's PartitionState
     phase: Phase
     caches: StaticCaches
     switches_experts: bool  # to our implementation of transformers' experts interface

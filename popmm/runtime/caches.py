@@ -23,14 +23,6 @@ KEPT = 4  # caches, of different batch sizes and lengths
 BUCKET = 256  # cache lengths are rounded up to a multiple of this
 
 
-def fix_addresses(owner: object) -> None:
-    """Tells CUDA graphs that the tensors an object holds stay where they are: else each step would copy them."""
-    for value in vars(owner).values():
-        for t in value if isinstance(value, (tuple, list)) else (value, getattr(value, "rows", None)):
-            if isinstance(t, Tensor):
-                torch._dynamo.mark_static_address(t, guard=False)
-
-
 class StaticCaches:
     """Caches by batch size and bucket, handed out again when nobody else holds them."""
 

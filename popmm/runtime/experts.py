@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from popmm.method import ffn as arithmetic
 from popmm.adapters.dense import TOLERANCE
+from popmm.method import ffn as arithmetic
 from popmm.method.expert_linear import expert_linear
-from popmm.runtime.experts_interface import dense_experts, former_implementation
 from popmm.method.ffn import FFNWeights
 from popmm.method.importance import ChannelStatistics, blend_with_prior
 from popmm.method.modality import JointStatistics
+from popmm.runtime.experts_interface import dense_experts, former_implementation
 from popmm.runtime.phase import Phase
 from popmm.runtime.site import PrunedSite
 

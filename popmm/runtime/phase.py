@@ -11,21 +11,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from popmm.runtime.calls import input_shape, without_backward
 from popmm.compat import Cache, cache_of, find_cache
+from popmm.layouts.choose import Layout
+from popmm.method.budget import RegionSizes
+from popmm.method.modality import JointStatistics
+from popmm.method.partition import FFNPartition
+from popmm.runtime.calls import input_shape, without_backward
 from popmm.runtime.exclusive import Exclusive
 from popmm.runtime.padding import counted_tokens, first_copies
 from popmm.runtime.passes import UNWIRED, GenerateWatch, Passes, warn_dense
 from popmm.runtime.prompt import PromptPass
 from popmm.runtime.sequence import Sequence, Sequences, has_past, past_tokens, remember_length
-
-if TYPE_CHECKING:
-    from popmm.runtime.site import PrunedSite
 
 UNKNOWN_CACHE = (
     "popmm has not read the prompt in this cache (attached or reset in the middle of a text, or a cache built from "
@@ -37,10 +38,26 @@ READ_AS_PROMPT = (
 )
 
 
+class Followed(Protocol):
+    """What a phase needs of an FFN: ``popmm.runtime.site`` and ``experts`` have them."""
+
+    name: str
+    sizes: RegionSizes
+    layout: Layout
+    identity: Tensor
+    partition: FFNPartition | None
+
+    def check(self) -> bool: ...
+
+    def apply(self, statistics: JointStatistics | None, tokens: int) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class Phase:
     """Follows the passes of one attached model and keeps its FFNs partitioned for the sequence at hand."""
 
-    def __init__(self, ffns: list[PrunedSite], refresh_every: int = 0) -> None:
+    def __init__(self, ffns: list[Followed], refresh_every: int = 0) -> None:
         self.refresh_every = refresh_every
         self.decoding = False  # read by every FFN; between passes it says what a compiled step will be
         self.exclusive = Exclusive()

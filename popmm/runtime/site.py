@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from popmm.kernels.precision import output_dtype
+from popmm.layouts.choose import Layout
+from popmm.layouts.traffic import bytes_read
 from popmm.method import ffn as arithmetic
 from popmm.method.budget import RegionSizes
 from popmm.method.fingerprint import IDENTIFYING
 from popmm.method.importance import ChannelStatistics, blend_with_prior, measure, token_score
-from popmm.runtime.integrity import Integrity
-from popmm.kernels.precision import output_dtype
-from popmm.layouts.choose import Layout
 from popmm.method.modality import TEXT, JointStatistics
 from popmm.method.partition import FFNPartition, split
-from popmm.layouts.traffic import bytes_read
+from popmm.runtime.integrity import Integrity
 
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite

@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig
 
 from popmm import zoo
+from popmm.zoo.bundled import auto_classes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ZOO_PREFIX = "zoo:"
@@ -104,49 +105,3 @@ def _not_found(name: str, path: Path | None, error: OSError) -> str:
     bundled = f"; did you mean {ZOO_PREFIX}{name}?" if name in zoo.names() else ""
     reason = str(error).strip().splitlines()[0].rstrip(".")
     return f"--model {name}: no folder here, and not to be had from the hub ({reason}){bundled or '; ' + _ADVICE}"
-
-
-def auto_classes(config):
-    """(model class, processor class) that load a configuration's model: with pictures, if it reads any."""
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText, AutoProcessor
-    return AutoModelForCausalLM, AutoTokenizer
-
-
-def has_template(processor) -> bool:
-    """Whether a tokenizer or processor has a chat template."""
-    return getattr(processor, "chat_template", None) is not None
-
-
-def encode(processor, prompt: str, device, chat: bool | None = None) -> dict[str, torch.Tensor]:
-    """A prompt as ``generate`` takes it.
-
-    Args:
-        chat: whether as a question in the chat template; None = where there is one.
-    """
-    from popmm.zoo.encoding import chat_inputs, tokenizer_of
-
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: give at least one word")
-    if chat and not has_template(processor):
-        raise ValueError("this tokenizer has no chat template: leave --chat out")
-    if has_template(processor) if chat is None else chat:
-        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-        return dict(chat_inputs(processor, messages, device))
-    encoded = tokenizer_of(processor)(prompt, return_tensors="pt")
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
-
-
-def context_length(model) -> int | None:
-    """Tokens that a model reads at most; None if its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def check_length(model, prompt: int, new: int) -> None:
-    """Refuses a prompt of ``prompt`` tokens that leaves no room for ``new`` ones."""
-    most = context_length(model)
-    if most is not None and prompt + new > most:
-        room = f"--max-new-tokens {most - prompt} or less" if prompt < most else f"a prompt below {most} tokens"
-        raise ValueError(
-            f"a prompt of {prompt} tokens and {new} new ones are more than the model's {most}: give {room}"
-        )

@@ -1,0 +1,1 @@
+"""Quality of pruned decoding: cases, methods, tasks, the harness, tables and plots."""
