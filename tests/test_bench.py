@@ -63,7 +63,7 @@ def test_int8_row_counts_one_byte_per_linear_weight(monkeypatch):
     [
         ([], "give either --shape, such as llama-3.1-8b, or --model"),
         (["--shape", "gpt-5"], "--shape gpt-5: give one of llama-3.1-8b"),
-        (["--shape", "dense-2k", "--new-tokens", "2"], "--new-tokens 2 is too few"),
+        (["--shape", "dense-2k", "--new-tokens", "2"], "--new-tokens 2: give 8 or more"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):

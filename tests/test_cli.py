@@ -339,7 +339,7 @@ def test_interrupt_ends_quietly(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("popmm.cli.compare.timed_generate", interrupt)
+    monkeypatch.setattr("popmm.runtime.clock.timed_generate", interrupt)
     assert main(["generate", *SHORT]) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
 

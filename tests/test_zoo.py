@@ -10,6 +10,7 @@ import popmm
 from popmm import zoo
 from popmm.evaluation.evaluate import Wanted, evaluate
 from popmm.evaluation.texts import cases_of
+from popmm.zoo import bundled as room
 from popmm.zoo import train_stories
 
 # written for this test; neither in the training text nor by a model
@@ -109,7 +110,7 @@ def test_training_script_writes_a_model_that_loads(tmp_path, monkeypatch):
         train_stories.main()
         record = json.loads((out / "training.json").read_text())
         assert record["held_out_stories"] == 2 and record["held_out_perplexity"] > 1
-        monkeypatch.setattr(zoo, "_ROOM", tmp_path)
+        monkeypatch.setattr(room, "_ROOM", tmp_path)
         model, tokenizer = zoo.load(form)
         output = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=3)
         assert output.shape[1] > 3

@@ -213,7 +213,3 @@ def main(argv: list[str] | None = None) -> int:
 
 def _one_line(message: object) -> str:
     return " ".join(str(message).split()) or repr(message)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
