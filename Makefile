@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 TESTS ?=
+# processes, for the tests' products are too small for threads
+WORKERS ?= -n 2
 # what continuous integration runs on the newest and the oldest versions too
 CORE := tests/test_dense.py tests/test_moe.py tests/test_vlm.py tests/test_phase.py tests/test_gate.py tests/test_versions.py
 # the lower bounds of pyproject.toml, as versions to install
@@ -14,16 +16,16 @@ demo: $(VENV)/.installed  ## pruned stories from the bundled model, against dens
 	$(BIN)/popmm demo
 
 test: $(VENV)/.installed  ## everything but the slow tests, on the tested versions (constraints.txt)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(WORKERS) $(TESTS)
 
 test-all: $(VENV)/.installed  ## the slow ones too
-	$(BIN)/python -m pytest -m "" $(TESTS)
+	$(BIN)/python -m pytest -m "" $(WORKERS) $(TESTS)
 
 test-newest: .venv-newest/.installed  ## the suite on the newest versions of everything
-	.venv-newest/bin/python -m pytest $(TESTS)
+	.venv-newest/bin/python -m pytest $(WORKERS) $(TESTS)
 
 test-oldest: .venv-oldest/.installed  ## the suite on the oldest torch and transformers that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest $(TESTS)
+	.venv-oldest/bin/python -m pytest $(WORKERS) $(TESTS)
 
 test-core:  ## the core of the suite on the newest and the oldest versions
 	$(MAKE) test-newest TESTS="$(CORE)"
