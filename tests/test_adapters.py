@@ -5,11 +5,11 @@ import re
 import pytest
 import tiny
 import torch
+from popmm.adapters import describe
 from torch import nn
 
 import popmm
 from popmm import zoo
-from popmm.adapters import describe
 from popmm.method.ffn import ffn
 
 

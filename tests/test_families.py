@@ -4,6 +4,7 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from popmm.adapters import describe
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -22,7 +23,6 @@ from transformers import (
 )
 
 import popmm
-from popmm.adapters import describe
 from popmm.config import PopConfig
 from popmm.method.ffn import ffn
 

@@ -9,9 +9,9 @@ import test_moe
 import tiny
 import tiny_vlm
 import torch
+from popmm.adapters.base import find_decoder
 
 import popmm
-from popmm.adapters.base import find_decoder
 from popmm.method import reference
 
 RATIO = 0.4
