@@ -46,7 +46,10 @@ class Exclusive:
                 "time; call it after the pass, or popmm.detach(model) first"
             )
         try:
-            self.in_pass = True
-            yield
-        finally:
+            try:
+                self.in_pass = True
+                yield
+            finally:
+                self.in_pass = False
+        finally:  # a second time, for what may be raised in the line above
             self.in_pass = False
