@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from popmm.cli.bench import BenchRow, bench_markdown
+from popmm.cli.bench_rows import BenchRow, bench_markdown
 
 
 def main() -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from popmm.act import whole_act
 from popmm.adapters import (
+    FFNSite,
     ModelDescription,
     UnsupportedModelError,
     describe,
@@ -19,20 +18,19 @@ from popmm.adapters import (
     tower_ffns,
 )
 from popmm.budget import ratio_of
-from popmm.compat import CACHE_LENGTH, device_map, internal, is_offloaded
+from popmm.compat import device_map, is_offloaded
 from popmm.config import PopConfig
 from popmm.layouts.choose import Layout, choose_layout, shared_parameters, why_not_in_place
 from popmm.layouts.traffic import SizesRule, sizes_for, with_bits
 from popmm.method.budget import MAX_FFN_RATIO, region_sizes
-from popmm.runtime.attachment import MARKER, Attachment, Hook, Kept, Override
-from popmm.runtime.caches import StaticCaches
+from popmm.runtime.attachment import MARKER, Attachment
 from popmm.runtime.experts import PrunedExperts
-from popmm.runtime.experts_interface import ON_MODULE, dense_experts
-from popmm.runtime.integrity import Integrity, leads_to
+from popmm.runtime.partitions import Partitions
 from popmm.runtime.phase import Phase
-from popmm.runtime.site import PrunedFFN, PrunedSite
+from popmm.runtime.runner import Runner
+from popmm.runtime.site import PrunedFFN
 from popmm.runtime.tower import PrunedTowerFFN, tower_ratio
-from popmm.runtime.wrappers import chunked, compiled, exclusive, phased, refused_batching, with_modalities
+from popmm.runtime.wiring import wire
 from popmm.state import PartitionState
 
 
@@ -80,7 +78,7 @@ def attach_with(model: nn.Module, config: PopConfig, sizes: SizesRule) -> Partit
             device = next(model.parameters()).device
             with device, torch.autocast(device.type, enabled=False):  # whatever is set
                 description = describe(model, skip_layers=config.skip_layers)
-                attachment = _wire(model, description, config, sizes, layouts)
+                attachment = _plan(model, description, config, sizes, layouts)
             ours.append(attachment)
             attachment.install()
         return attachment.state
@@ -106,7 +104,7 @@ def detach(model: nn.Module, *, wait: bool = False) -> None:
     attachment = find_decoder(model).__dict__.get(MARKER)
     if attachment is None:
         raise RuntimeError(f"this {type(model).__name__} is not attached: call popmm.attach(model, config) first")
-    with attachment.phase.exclusive.between_passes("detach", wait):
+    with attachment.runner.phase.exclusive.between_passes("detach", wait):
         try:
             with whole_act():
                 attachment.remove()
@@ -154,108 +152,49 @@ class pruned(contextlib.AbstractContextManager):
         self._state = None
 
 
-def _wire(
-    model: nn.Module,
-    description: ModelDescription,
-    config: PopConfig,
-    sizes_of: SizesRule,
-    layouts: list[Layout],
+def _plan(
+    model: nn.Module, description: ModelDescription, config: PopConfig, rule: SizesRule, layouts: list[Layout]
 ) -> Attachment:
-    """Everything that can fail, before anything of the model is touched but, with ``gate``, how down is stored."""
-    ratio = ratio_of(description, config)
-    given, config = config, with_bits(config, list(description.sites()), ratio)
-    ffns, left_dense, shared = [], [], shared_parameters(model)
-    # a module that several layers share is one FFN
-    for site in {site.name: site for site in description.sites()}.values():
-        if site.layer in config.skip_layers:
-            left_dense.append(site)
-        elif not site.shared or config.shared_experts == "prune":
-            sizes = sizes_for(site, ratio, config, sizes_of)
-            layouts.append(choose_layout(site, sizes, config, why_not_in_place(site.module, shared)))
-            ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
-        else:
-            left_dense.append(site)
-    phase = Phase(ffns, config.refresh_every)
-    tower = []
-    if config.vision == "prune":
-        found = tower_ffns(model)
-        vision_ratio = tower_ratio(found, config, MAX_FFN_RATIO)
-        tower = [PrunedTowerFFN(ffn, vision_ratio, config) for ffn in found]
-    state = PartitionState(given, ratio, ffns, left_dense, phase, tower, description.left_out)
+    """Everything that can fail, before anything of the model is touched but, with ``gate``, how down is stored.
 
-    decoder = description.decoder
+    Args:
+        layouts: gets each layout as soon as there is one, to be released if a later one fails.
+    """
     surroundings = find_surroundings(model)
     if surroundings is None and config.modality_balance is not None:
         raise ValueError(
             f"modality_balance={config.modality_balance}: this {type(model).__name__} reads text alone; leave it None"
         )
-    caches = StaticCaches()
-    overrides = [Override(model, name, ours) for name, ours in _around_generate(model, phase, caches, config)]
-    overrides += [Override(*refusal) for refusal in refused_batching(model, phase)]
-    hooks = [Hook(ffn.down, ffn.prune) for ffn in tower]
-    switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
-    notes = []
-    for ffn in ffns:
-        ffn.wire(phase)
-        ffn.integrity = Integrity(model, ffn.name, ffn.site.module)
-        forward = None
-        if not ffn.site.is_experts:
-            forward = ffn.forward
-            overrides.append(Override(ffn.site.module, "forward", forward))
-            hooks.append(Hook(ffn.site.down, ffn.observe))
-            if ffn.wants_up and ffn.site.up is not None:
-                hooks.append(Hook(ffn.site.up, ffn.keep_up, after=True))
-        elif switches_experts:
-            overrides.append(Override(ffn.site.module, ON_MODULE, ffn.forward))
-        else:
-            hooks.append(Hook(ffn.site.module, ffn.observe, with_kwargs=True))
-        notes.append(functools.partial(ffn.integrity.installed, forward))
-    if switches_experts:
-        experts = [site.module for site in left_dense if site.is_experts]
-        overrides += [Override(module, ON_MODULE, dense_experts(module, phase)) for module in experts]
-    forward = phased(decoder, phase, switches_experts)
-    overrides.append(Override(decoder, "forward", forward))
-    phase.is_wired = functools.partial(leads_to, decoder, forward)
-    if surroundings is not None:
-        overrides.append(Override(surroundings.module, "forward", with_modalities(surroundings, phase)))
-    return Attachment(
-        decoder,
-        state,
-        phase,
-        caches,
-        switches_experts,
-        overrides,
-        hooks,
-        kept=[Kept(model, CACHE_LENGTH)],
-        holds=list(_held(ffns)),
-        writes=any(ffn.layout.name == "permute" and not ffn.sizes.is_dense for ffn in ffns),
-        after_install=notes,
-    )
+    ratio = ratio_of(description, config)
+    # a module that several layers share is one FFN
+    sites = list({site.name: site for site in description.sites()}.values())
+    given, config = config, with_bits(config, sites, ratio)
+    left_dense = [site for site in sites if site.layer in config.skip_layers or _is_left_alone(site, config)]
+    ffns, shared = [], shared_parameters(model)
+    for site in sites:
+        if site in left_dense:
+            continue
+        sizes = sizes_for(site, ratio, config, rule)
+        layouts.append(choose_layout(site, sizes, config, why_not_in_place(site.module, shared)))
+        ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
+    tower = _pruned_tower(model, config)
+    phase = Phase()
+    runner = Runner(phase, Partitions(ffns, phase), config.refresh_every)
+    state = PartitionState(given, ratio, ffns, left_dense, runner, tower, description.left_out)
+    experts = [site.module for site in left_dense if site.is_experts]
+    return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts)
 
 
-def _held(ffns: list[PrunedSite]) -> Iterator[tuple[nn.Module | nn.Parameter, str]]:
-    """Modules and parameters that FFNs are made of, with their names."""
-    for ffn in ffns:
-        yield ffn.site.module, ffn.name
-        for name, parameter in ffn.site.module.named_parameters():
-            yield parameter, f"{ffn.name}.{name}"
+def _is_left_alone(site: FFNSite, config: PopConfig) -> bool:
+    return site.shared and config.shared_experts == "dense"
 
 
-def _around_generate(
-    model: nn.Module, phase: Phase, caches: StaticCaches, config: PopConfig
-) -> Iterator[tuple[str, Callable]]:
-    """What stands around ``generate`` and its steps, by name."""
-    if hasattr(model, "generate"):
-        yield "generate", exclusive(model.generate, phase)
-    around = {
-        "_prepare_static_cache": caches.wrap,
-        "get_compiled_call": lambda call: compiled(call, phase, config.refresh_every > 0),
-        "_prefill": lambda call: chunked(call, phase),
-    }
-    for name, wrap in around.items():
-        call = internal(model, name)
-        if call is not None:
-            yield name, wrap(call)
+def _pruned_tower(model: nn.Module, config: PopConfig) -> list[PrunedTowerFFN]:
+    if config.vision != "prune":
+        return []
+    found = tower_ffns(model)
+    ratio = tower_ratio(found, config, MAX_FFN_RATIO)
+    return [PrunedTowerFFN(ffn, ratio, config) for ffn in found]
 
 
 def _check_weights(model: nn.Module) -> None:

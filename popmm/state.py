@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,15 +17,12 @@ from popmm.layouts.traffic import channels_computed
 from popmm.method.partition import FFNPartition
 from popmm.report import summary_table
 from popmm.runtime.passes import Passes
-from popmm.runtime.phase import Phase
+from popmm.runtime.runner import Runner
 from popmm.runtime.sequence import Sequence
 from popmm.runtime.trace import Trace
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from popmm.adapters import FFNSite
-    from popmm.method.importance import ChannelStatistics
     from popmm.runtime.site import PrunedSite
     from popmm.runtime.tower import PrunedTowerFFN
 
@@ -51,7 +48,7 @@ class PartitionState:
         ffn_ratio: float,
         ffns: list[PrunedSite],
         left_dense: list[FFNSite],
-        phase: Phase,
+        runner: Runner,
         tower: list[PrunedTowerFFN],
         left_out: Mapping[str, str],
     ) -> None:
@@ -59,17 +56,17 @@ class PartitionState:
         self.ffn_ratio = ffn_ratio
         self._ffns = ffns
         self._left_dense = left_dense
-        self._phase = phase
+        self._runner = runner
         self._tower = tower
         self._left_out = left_out  # FFNs that cannot be pruned, and why
 
     @property
     def passes(self) -> Passes:
-        return self._phase.passes
+        return self._runner.passes
 
     @property
     def ready(self) -> bool:
-        return self._phase.ready
+        return self._runner.partitions.active is not None
 
     @property
     def layers(self) -> Mapping[str, FFNPartition]:
@@ -83,7 +80,7 @@ class PartitionState:
 
     def reset(self) -> None:
         """Forgets the partition and all statistics: the next pass is read as a new prompt."""
-        self._phase.reset()
+        self._runner.reset()
         for ffn in self._tower:
             ffn.partition = None
 
@@ -132,7 +129,7 @@ class PartitionState:
         Raises:
             ValueError: popmm has read no prompt into this cache.
         """
-        sequence = self._phase.sequences.on(cache)
+        sequence = self._runner.sequences.on(cache)
         if sequence is None:
             raise ValueError(
                 f"popmm has read no prompt into this {type(cache).__name__}: run one through the model first"
@@ -147,8 +144,8 @@ class PartitionState:
         """
         if not isinstance(saved, Sequence):
             raise TypeError(f"{type(saved).__name__}: give what state.save_statistics(cache) returned")
-        with self._phase.exclusive.between_passes("load_statistics"):
-            self._phase.sequences.load(cache, saved)
+        with self._runner.phase.exclusive.between_passes("load_statistics"):
+            self._runner.sequences.load(cache, saved)
 
     def buffer_bytes(self) -> int:
         """Memory that popmm holds beside the model's own weights."""
@@ -166,7 +163,7 @@ class PartitionState:
         n_experts, d_ff]``) in the model's own channel numbers. Meanwhile compiled steps run eagerly, and other threads
         are refused.
         """
-        with self._phase.exclusive("trace"):
+        with self._runner.phase.exclusive("trace"):
             trace = Trace({ffn.name: tuple(ffn.layout.norms.shape) for ffn in self._ffns})
             previous = [ffn.trace for ffn in self._ffns]
             try:
@@ -185,7 +182,7 @@ class PartitionState:
         """
         device = self._ffns[0].layout.norms.device
         synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        partition = self._phase.start_over()
+        partition = self._runner.partitions.rewind()
         synchronize()
         start = time.perf_counter()
         partition()
@@ -197,39 +194,17 @@ class PartitionState:
         """Whether nothing is pruned, so that every pass is the model's own."""
         return all(ffn.sizes.is_dense for ffn in self._ffns) and not self._tower
 
-    def rank_by(self, importance: Callable[[PrunedSite, ChannelStatistics], Tensor | None]) -> None:
-        """Replaces how channels are ranked (for baselines).
-
-        Args:
-            importance: from an FFN and its statistics to float32 ``[(E,) d_ff]``, or None for what it ranks by now.
-        """
-
-        def replaced(ffn: PrunedSite, own: Callable) -> Callable[[ChannelStatistics], Tensor]:
-            def rank(statistics: ChannelStatistics, short: bool = False) -> Tensor:
-                found = importance(ffn, statistics)
-                return own(statistics, short) if found is None else found
-
-            return rank
-
-        for ffn in self._ffns:
-            ffn.importance = replaced(ffn, ffn.importance)
-
-    def rank_by_modality(self, name: str | None) -> None:
-        """Makes partitions from the tokens of one modality alone (for baselines); None = all of them."""
-        for ffn in self._ffns:
-            ffn.only_modality = name
-
     def repartition(self) -> None:
         """Makes all partitions anew from the statistics at hand."""
-        with self._phase.exclusive.between_passes("repartition"):
-            self._phase.repartition()
+        with self._runner.phase.exclusive.between_passes("repartition"):
+            self._runner.partitions.again()
 
     def simulated_decode(self):
         """Context in which passes of several tokens are decode: each token is pruned as if it came alone.
 
         Teacher-forced text then costs one pass instead of one per token, with the same logits.
         """
-        return self._phase.simulated_decode()
+        return self._runner.simulated_decode()
 
     def __repr__(self) -> str:
         pruned, dense = self.bytes_per_token()

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModel
 
 from popmm.cli import bench, main
-from popmm.cli.bench import Bench, bench_markdown, ways
+from popmm.cli.bench import Bench, ways
+from popmm.cli.bench_rows import bench_markdown
 from popmm.cli.shapes import SHAPES, random_model, shape_config
 from popmm.evaluation.traffic import other_bytes
 

@@ -136,7 +136,7 @@ def test_a_failure_at_any_step_leaves_the_function_as_it_was(name, error):
             model(tiny.prompt(11, seed=3))
             try:
                 with FailsAt(n, error) as mode:
-                    state._phase._activate(sequence)
+                    state._runner.partitions.activate(sequence)
             except (RuntimeError, KeyboardInterrupt) as raised:
                 assert raised is error and not state.ready
                 failures += 1

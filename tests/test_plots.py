@@ -10,6 +10,7 @@ import popmm
 from popmm import zoo
 from popmm.cli import channels, main, plots
 from popmm.cli.images import open_image
+from popmm.evaluation.baselines import rank_by_modality
 from popmm.method.budget import RegionSizes
 from popmm.method.partition import split
 from popmm.zoo.encoding import chat_inputs
@@ -211,7 +212,7 @@ def test_the_modalities_figure_shows_overlaps_and_rates(selection):
         layers = {"both": dict(state.layers)}
         rates = channels.chosen_rates(layers["both"], trace)
         for kind in ("text", "image"):
-            state.rank_by_modality(kind)
+            rank_by_modality(state, kind)
             state.repartition()
             layers[kind] = dict(state.layers)
     figure = plots.modalities_figure(layers, rates)

@@ -139,7 +139,7 @@ def _with_step(model, state, step):
         def get_compiled_call(self, config):
             return step
 
-    return compiled(Holder().get_compiled_call, state._phase, refreshes=False)(None)
+    return compiled(Holder().get_compiled_call, state._runner)(None)
 
 
 def test_our_own_calls_are_not_deprecated(stories, caplog):

@@ -159,7 +159,8 @@ def bench(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from popmm.cli.bench import Bench, bench_table, machine, save_json, ways
+    from popmm.cli.bench import Bench, ways
+    from popmm.cli.bench_rows import bench_table, machine, save_json
     from popmm.cli.plots import bench_figure
     from popmm.cli.shapes import random_model, shape_config
     from popmm.zoo.encoding import check_length

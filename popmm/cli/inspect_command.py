@@ -84,6 +84,7 @@ def _pictures(args: argparse.Namespace, config: PopConfig, settings: dict, promp
     from popmm.attach import pruned
     from popmm.cli.images import open_image
     from popmm.cli.plots import modalities_figure, save
+    from popmm.evaluation.baselines import rank_by_modality
     from popmm.zoo.encoding import chat_inputs, check_length
 
     pictures = [open_image(source)[0] for source in args.image]
@@ -98,7 +99,7 @@ def _pictures(args: argparse.Namespace, config: PopConfig, settings: dict, promp
         about = _about(args, state, both, rates)
         layers = {"both": both}
         for name in ("text", "image"):
-            state.rank_by_modality(name)
+            rank_by_modality(state, name)
             state.repartition()
             layers[name] = dict(state.layers)
         _add_modalities(about, layers, rates)

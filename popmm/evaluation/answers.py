@@ -17,6 +17,7 @@ import torch
 
 from popmm.attach import pruned
 from popmm.config import PopConfig
+from popmm.evaluation.baselines import rank_by_modality
 from popmm.evaluation.evaluate import decode_logits
 from popmm.evaluation.progress import progress
 from popmm.method.modality import TEXT
@@ -114,7 +115,7 @@ def evaluate_answers(
                 modality, settings = METHODS[name]
                 with pruned(model, base.replace(pruning_ratio=ratio, **settings)) as state:
                     if modality is not None:
-                        state.rank_by_modality(modality)
+                        rank_by_modality(state, modality)
                     read, everything = state.bytes_per_token()
                     rows.append(_row(name, ratio, read / everything, state.channels_skipped(), exact(state)))
     return rows

@@ -67,7 +67,7 @@ def _scored(ffn: PrunedSite, dynamics: Dynamics):
     def hook(module, args: tuple) -> None:
         (h,) = args
         if ffn.phase.decoding:
-            dynamics.ranks.append(_ranks(ffn.score(h.flatten(0, -2)[0].float(), ffn.layout.norms)))
+            dynamics.ranks.append(_ranks(ffn.ranking.score(h.flatten(0, -2)[0].float(), ffn.layout.norms)))
 
     return hook
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from popmm.attach import attach_with, detach
 from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
-from popmm.evaluation.methods import METHODS, Method, Threshold, check_known, fit, quantised_ffns, share_read
+from popmm.evaluation.baselines import Threshold
+from popmm.evaluation.methods import METHODS, Method, check_known, fit, quantised_ffns, share_read
 from popmm.evaluation.progress import progress
 from popmm.layouts.traffic import channels_computed
 

@@ -1,7 +1,4 @@
-"""Ways to choose channels that ``popmm eval`` compares, each a setting of the library's own parts.
-
-Baselines that fix a threshold (CATS, TEAL) or a mask (Wanda-sp) beforehand do so on a calibration text.
-"""
+"""Ways to choose channels that ``popmm eval`` compares, each a setting of the library's own parts, or a baseline."""
 
 from __future__ import annotations
 
@@ -16,15 +13,12 @@ from torch import Tensor
 from popmm.adapters import describe
 from popmm.budget import ratio_of
 from popmm.config import PopConfig
+from popmm.evaluation import baselines
 from popmm.kernels.twin import dequantise, quantise
 from popmm.layouts.gate import GROUP
 from popmm.layouts.traffic import SizesRule, bytes_read, sizes_for, with_bits
-from popmm.method.budget import RegionSizes, region_sizes
-from popmm.method.importance import ChannelStatistics
-from popmm.runtime.site import PrunedSite
+from popmm.method.budget import region_sizes
 from popmm.state import PartitionState
-
-SAMPLES = 1 << 20  # scores per FFN that a threshold is taken from, at most
 
 
 @dataclass(frozen=True)
@@ -39,118 +33,38 @@ class Method:
     weight_bits: int | None = None  # no pruning: all FFN weights rounded to so many bits
 
 
-def _random_scores(h: Tensor, down_norm: Tensor) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    scores = torch.rand(h.shape[-1], generator=generator, dtype=torch.float32, device="cpu")
-    return scores.to(h.device).expand_as(h)
-
-
-def _all_candidates(d_ff: int, ffn_ratio: float, candidate_fraction: float) -> RegionSizes:
-    return RegionSizes(d_ff, region_sizes(d_ff, ffn_ratio, 0).budget, retained=0, candidate=d_ff)
-
-
-def _by_magnitude(state: PartitionState, read: Callable[[], None]) -> None:
-    """A channel's rank without any data: the product of the norms of its three vectors."""
-
-    def rank(ffn: PrunedSite, statistics: ChannelStatistics) -> Tensor:
-        w = ffn.site.weights()
-        gate, up = (torch.linalg.vector_norm(rows.float(), dim=-1) for rows in (w.gate, w.up))
-        return gate * up * ffn.layout.by_channel(ffn.layout.norms)
-
-    state.rank_by(rank)
-
-
-def _share_experts(state: PartitionState, read: Callable[[], None]) -> None:
-    """One partition for all experts of a layer."""
-
-    def rank(ffn: PrunedSite, statistics: ChannelStatistics) -> Tensor | None:
-        squares = statistics.squares
-        return squares.sum(0, keepdim=True).sqrt().float().expand(squares.shape) if ffn.site.is_experts else None
-
-    state.rank_by(rank)
-
-
-def _by_calibration(state: PartitionState, read: Callable[[], None]) -> None:
-    """Wanda-sp: the calibration text's statistics rank the channels of every prompt."""
-    totals: dict[str, ChannelStatistics] = {}
-
-    def gather(ffn: PrunedSite, statistics: ChannelStatistics) -> None:
-        totals[ffn.name] = totals[ffn.name] + statistics if ffn.name in totals else statistics
-
-    before = {ffn.name: ffn.importance for ffn in state._ffns}
-    state.rank_by(gather)
-    read()
-    fixed = {name: before[name](total) for name, total in totals.items()}
-    state.rank_by(lambda ffn, statistics: fixed[ffn.name])
-
-
-class Threshold:
-    """Passes what scores at least so much, and counts what passed."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-        self.level: Tensor | None = None
-        self.passed = self.tokens = 0
-
-    def __call__(self, scores: Tensor, k: int) -> Tensor:
-        if self.level is None:  # calibrating: everything passes
-            self.seen.append(scores.detach().flatten())
-            return torch.ones_like(scores, dtype=torch.bool)
-        passing = scores >= self.level
-        self.passed, self.tokens = self.passed + int(passing.sum()), self.tokens + passing.shape[:-1].numel()
-        return passing
-
-    def settle(self, share: float) -> None:
-        """Takes the level that ``share`` of the scores seen reach."""
-        scores = torch.cat(self.seen)
-        scores = scores[:: max(1, len(scores) // SAMPLES)].sort(descending=True)[0]
-        self.level, self.seen = scores[max(0, min(len(scores), round(share * len(scores))) - 1)], []
-
-
-def _thresholds(state: PartitionState, read: Callable[[], None]) -> None:
-    """A threshold per FFN, which on the calibration text lets K channels pass on average."""
-    for ffn in state._ffns:
-        ffn.choose = Threshold()
-    read()
-    for ffn in state._ffns:
-        ffn.choose.settle(ffn.sizes.budget / ffn.sizes.read)
-
-
-def _cats(state: PartitionState, read: Callable[[], None]) -> None:
-    """CATS (Lee et al., arXiv 2404.08763): channels whose gate's activation exceeds a threshold."""
-    for ffn in state._ffns:
-        ffn.layout.score = lambda g, combine, experts: combine(g.float(), torch.ones_like(g.float())).abs()
-    _thresholds(state, read)
-
-
 METHODS: dict[str, Method] = {
     "random": Method(
-        lambda c: c.replace(selection="keep", candidate_fraction=0.0, importance=_random_scores, prior_tokens=0.0)
+        lambda c: c.replace(
+            selection="keep", candidate_fraction=0.0, importance=baselines.random_scores, prior_tokens=0.0
+        )
     ),
-    "magnitude": Method(lambda c: c.replace(selection="keep", candidate_fraction=0.0), prepare=_by_magnitude),
+    "magnitude": Method(lambda c: c.replace(selection="keep", candidate_fraction=0.0), prepare=baselines.by_magnitude),
     "Wanda-sp": Method(
-        lambda c: c.replace(selection="keep", candidate_fraction=0.0), prepare=_by_calibration, calibrated=True
+        lambda c: c.replace(selection="keep", candidate_fraction=0.0), prepare=baselines.by_calibration, calibrated=True
     ),
     "prompt mask": Method(lambda c: c.replace(selection="keep", candidate_fraction=0.0)),
     "GRIFFIN": Method(lambda c: c.replace(selection="keep", candidate_fraction=0.0, importance="griffin")),
     "mask": Method(lambda c: c.replace(selection="mask")),
     "keep": Method(lambda c: c.replace(selection="keep")),
     "CATS": Method(
-        lambda c: c.replace(selection="gate", candidate_fraction=1.0, gate_bits=16), prepare=_cats, calibrated=True
+        lambda c: c.replace(selection="gate", candidate_fraction=1.0, gate_bits=16),
+        prepare=baselines.cats,
+        calibrated=True,
     ),
     "TEAL": Method(
         lambda c: c.replace(selection="mask", importance=lambda h, down_norm: h.abs()),
-        _all_candidates,
-        _thresholds,
+        baselines.all_candidates,
+        baselines.thresholds,
         calibrated=True,
     ),
-    "all re-scored": Method(lambda c: c.replace(selection="mask"), _all_candidates),
+    "all re-scored": Method(lambda c: c.replace(selection="mask"), baselines.all_candidates),
     "gate": Method(lambda c: c.replace(selection="gate", candidate_fraction=None, gate_bits=None)),
     "gate, 16 bit": Method(lambda c: c.replace(selection="gate", gate_bits=16)),
     "gate, 8 bit": Method(lambda c: c.replace(selection="gate", candidate_fraction=None, gate_bits=8)),
     "gate, 4 bit": Method(lambda c: c.replace(selection="gate", candidate_fraction=None, gate_bits=4)),
     "mask, experts share a partition": Method(
-        lambda c: c.replace(selection="mask"), prepare=_share_experts, experts_only=True
+        lambda c: c.replace(selection="mask"), prepare=baselines.share_experts, experts_only=True
     ),
     "mask, prior for unseen experts only": Method(
         lambda c: c.replace(selection="mask", prior_tokens=0.0), experts_only=True
@@ -214,7 +128,7 @@ def share_read(state: PartitionState) -> float:
     """Share of the FFNs' bytes that a token read; of thresholds, by what passed."""
     pruned, dense = state.bytes_per_token()
     for ffn in state._ffns:
-        if isinstance(ffn.choose, Threshold) and ffn.choose.tokens:
+        if isinstance(ffn.choose, baselines.Threshold) and ffn.choose.tokens:
             passing = ffn.choose.passed / ffn.choose.tokens
             pruned += bytes_read(ffn.site, ffn.sizes, ffn.config, passing) - ffn.bytes_per_token()[0]
     return pruned / dense

@@ -31,9 +31,9 @@ def pruned_ffn_bytes(state, batch: int) -> int:
     total = sum(site.active_bytes() * at_once(site, batch) for site in state._left_dense)
     for ffn in state._ffns:
         own, everything = ffn.bytes_per_token()
-        if batch > 1 and ffn.wants_up and not ffn.gathers(batch):
+        if batch > 1 and ffn.ranking.wants_up and not ffn.gathers(batch):
             own = everything
-        elif batch > 1 and ffn.wants_up:  # each token has its own rows
+        elif batch > 1 and ffn.ranking.wants_up:  # each token has its own rows
             own = min(own * batch / at_once(ffn.site, batch), everything)
         total += own * at_once(ffn.site, batch)
     return round(total)

@@ -19,6 +19,7 @@ from popmm import kernels
 from popmm.kernels.precision import without_autocast
 from popmm.kernels.twin import quantise
 from popmm.layouts.base import fix_addresses
+from popmm.layouts.turned import Turned
 from popmm.method.budget import RegionSizes
 from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, gather, identities
@@ -72,7 +73,7 @@ class GateLayout:
         self.norms: Tensor | None = None  # float32 [(E,) d_ff]
         self.gate: Tensor | tuple | None = None  # [(E,) U, d_model], or (codes, scales)
         self._buffers: list[Tensor] = []
-        self._turned: list[_Turned] = []
+        self._turned: list[Turned] = []
         self.marks: list[Tensor] = []  # fingerprint of the weights
         self._source: tuple | None = None
 
@@ -261,47 +262,9 @@ class GateLayout:
 
     def _turn(self, down: Tensor) -> None:
         """Stores a down projection by channel; its shape, its values and its memory stay."""
-        turned = _Turned(down)
+        turned = Turned(down)
         self._turned.append(turned)
         turned.forth()
-
-
-class _Turned:
-    """A parameter ``[(E,) d_model, d_ff]`` stored by channel in its own memory, so that whatever shares it still does.
-
-    ``values`` holds its contents while the memory is being written: interrupted anywhere, ``back`` restores them.
-    """
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.plain = parameter.data  # as it was stored, on the same memory
-        self.values: Tensor | None = None
-
-    def forth(self) -> None:
-        self.values = self.plain.clone()
-        by_channel = self.plain.view(*self.plain.shape[:-2], *self.plain.shape[:-3:-1])
-        by_channel.copy_(self.values.mT)
-        self.parameter.data = by_channel.mT
-        self._tell_autograd()
-        self.values = None
-
-    def back(self) -> None:
-        now = self.parameter.data
-        if self.values is None:
-            if now.is_contiguous():
-                return  # replaced, or back already
-            if now.data_ptr() != self.plain.data_ptr() or now.dtype != self.plain.dtype:  # moved
-                self.parameter.data = now.contiguous()
-                return
-            self.values = now.contiguous()
-        self.parameter.data = self.plain
-        self.plain.copy_(self.values)
-        self._tell_autograd()
-        self.values = None
-
-    def _tell_autograd(self) -> None:
-        """Graphs that saved the parameter before must not go on: their strides are of another storage order."""
-        self.parameter.detach()[:0].zero_()  # writes nothing, and raises the version
 
 
 def gate_row_bytes(source: FFNWeights, bits: int) -> float:

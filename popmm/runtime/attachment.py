@@ -11,84 +11,10 @@ from torch import nn
 
 from popmm.runtime.caches import StaticCaches
 from popmm.runtime.experts_interface import switch_off, switch_on
-from popmm.runtime.phase import Phase
+from popmm.runtime.overrides import Hook, Kept, Override
+from popmm.runtime.runner import Runner
 
 MARKER = "_popmm_attachment"  # on the decoder: the model is attached
-_MISSING = object()
-# where a torch module keeps its hooks, and what it notes beside them
-_HOOK_TABLES = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A hook to put on a module: a forward pre-hook, or a forward hook if ``after``."""
-
-    module: nn.Module
-    function: Callable
-    after: bool = False
-    with_kwargs: bool = False
-
-    def register(self) -> None:
-        if self.after:
-            self.module.register_forward_hook(self.function, with_kwargs=self.with_kwargs)
-        else:
-            self.module.register_forward_pre_hook(self.function, with_kwargs=self.with_kwargs)
-
-    def remove(self) -> None:
-        """Takes it off, if it is on."""
-        hooks = self.module._forward_hooks if self.after else self.module._forward_pre_hooks
-        for key in [key for key, function in hooks.items() if function == self.function]:
-            for table in reversed(_HOOK_TABLES):  # the hook itself last, for it is what is looked for
-                if ("_pre_" in table) != self.after:
-                    getattr(self.module, table).pop(key, None)
-
-
-@dataclass
-class Override:
-    """An attribute of a module that ours stands in for."""
-
-    module: Any
-    name: str
-    ours: Any
-    before: Any = _MISSING
-
-    def install(self) -> None:
-        self.before = self.module.__dict__.get(self.name, _MISSING)
-        self.module.__dict__[self.name] = self.ours
-
-    def remove(self) -> None:
-        """Puts back what was there, unless somebody has put something around ours: ours is transparent then."""
-        if self.module.__dict__.get(self.name, _MISSING) is not self.ours:
-            return
-        if self.before is _MISSING:
-            self.module.__dict__.pop(self.name, None)
-        else:
-            self.module.__dict__[self.name] = self.before
-
-
-@dataclass
-class Kept:
-    """An attribute of a module that calls may change while attached."""
-
-    module: Any
-    name: str
-    before: Any = _MISSING
-
-    def install(self) -> None:
-        self.before = self.module.__dict__.get(self.name, _MISSING)
-
-    def remove(self) -> None:
-        if self.before is _MISSING:
-            self.module.__dict__.pop(self.name, None)
-        else:
-            self.module.__dict__[self.name] = self.before
-
 
 # modules and parameters of attached FFNs, by id: held by one attachment, and so by one model
 _HELD: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
@@ -100,7 +26,7 @@ class Attachment:
 
     decoder: nn.Module
     state: Any  # what ``attach`` returned: the surface's PartitionState
-    phase: Phase
+    runner: Runner
     caches: StaticCaches
     switches_experts: bool  # to our implementation of transformers' experts interface
     overrides: list[Override]
@@ -138,8 +64,8 @@ class Attachment:
         Raises:
             Whatever putting weights back in order raises, such as for want of memory: then the model is still attached.
         """
-        self.phase.restore()
-        self.phase.release()
+        self.runner.partitions.restore()
+        self.runner.partitions.release()
         if self.switches_experts:
             switch_off(self.decoder)
         for hook in self.hooks:

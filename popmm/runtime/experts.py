@@ -11,9 +11,9 @@ from popmm.adapters.dense import TOLERANCE
 from popmm.method import ffn as arithmetic
 from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import FFNWeights
-from popmm.method.importance import ChannelStatistics, blend_with_prior
 from popmm.method.modality import JointStatistics
-from popmm.runtime.experts_interface import dense_experts, former_implementation
+from popmm.runtime.experts_interface import ON_MODULE, dense_experts, former_implementation
+from popmm.runtime.overrides import Hook, Override
 from popmm.runtime.phase import Phase
 from popmm.runtime.site import PrunedSite
 
@@ -21,20 +21,19 @@ from popmm.runtime.site import PrunedSite
 class PrunedExperts(PrunedSite):
     """The stacked experts of one layer under POP."""
 
-    def wire(self, phase: Phase) -> None:
+    def wire(self, phase: Phase, switches_experts: bool) -> None:
         """Remembers whom to ask for the phase, and the experts implementation that runs the prompt."""
         self.phase = phase
+        self.switched = switches_experts  # the model runs our implementation of the experts interface
         self.dense_forward = dense_experts(self.site.module, phase)
         self._implementation = former_implementation(self.site.module)
-        self.reread()
         self._rows = self._probe()
 
-    def reread(self) -> None:
-        self._prior, self._up_prior = self.prior(), self.up_prior()
+    def overrides(self) -> list[Override]:
+        return [Override(self.site.module, ON_MODULE, self.forward)] if self.switched else []
 
-    def is_short(self, statistics: JointStatistics, tokens: int) -> bool:
-        """Whether no expert was given any token. Some is all that each is given, which ``importance`` allows for."""
-        return statistics.n_tokens == 0
+    def hooks(self) -> list[Hook]:
+        return [] if self.switched else [Hook(self.site.module, self.observe, with_kwargs=True)]
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Experts of tokens x ``[n_tokens, d_model]`` routed to ``index`` with ``weight`` (``[n_tokens, k]``)."""
@@ -64,7 +63,7 @@ class PrunedExperts(PrunedSite):
         h, passing = self._hidden(x, index, w), None
         if self.config.selection == "mask":
             norm = layout.down_norm[experts]
-            passing = arithmetic.select(h, self.score, norm, sizes.retained, sizes.budget, self.choose)
+            passing = arithmetic.select(h, self.ranking.score, norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, None if layout.mean is None else layout.mean[experts])
         return _down(h, w, index, weight, x), passing
 
@@ -101,14 +100,6 @@ class PrunedExperts(PrunedSite):
         h = observe(*self._hidden_and_up(x, index, w), _natural(index.flatten()))
         return _down(h, w, index, weight, x) if pruning else self.dense_forward(x, index, weight)
 
-    def importance(self, statistics: ChannelStatistics, short: bool = False) -> Tensor:
-        return blend_with_prior(statistics, self._prior.to(statistics.squares.device), self.config.prior_tokens)
-
-    def up_rms(self, pooled: ChannelStatistics, short: bool) -> Tensor:
-        """As importance: an expert that read few tokens leans on the norms of its up rows."""
-        squares = ChannelStatistics(pooled.up_squares, pooled.total, pooled.tokens)
-        return blend_with_prior(squares, self._up_prior.to(pooled.squares.device), self.config.prior_tokens)
-
     def _decode_gate(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         experts, combine = index.flatten(), self.site.combine
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
@@ -119,10 +110,6 @@ class PrunedExperts(PrunedSite):
             choose = self.choose if self.phase.simulating else None
             y, passing = self.layout.decode_all(pairs, combine, self.site.weights(), choose, experts)
         return _mix(y, weight, x), passing
-
-    def release(self) -> None:
-        super().release()
-        self._prior = self._up_prior = None
 
     def record(self, index: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""
@@ -146,7 +133,7 @@ class PrunedExperts(PrunedSite):
     def _measure(self, h: Tensor, up: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
         prompt = self.phase.prompt
         # a router may send a token that skips its experts to some expert with weight zero
-        h, up = h.detach(), up.detach() if self.wants_up else None
+        h, up = h.detach(), up.detach() if self.ranking.wants_up else None
         experts, factor = index.detach().flatten()[rows], weight.detach().flatten()[rows]
         read = {}
         for modality, tokens in prompt.groups_of(len(index)).items():
@@ -154,14 +141,14 @@ class PrunedExperts(PrunedSite):
             if tokens is not None:
                 own &= tokens.to(h.device)[rows // index.shape[-1]]
             weights = factor[own] if self.config.importance == "routed" else None
-            read[modality] = self.measured(
+            read[modality] = self.ranking.measured(
                 h[own], weight=weights, experts=experts[own], up=None if up is None else up[own]
             )
-        return self.add(prompt, JointStatistics(read) if read else self.nothing())
+        return self.add(prompt, JointStatistics(read) if read else self.ranking.nothing())
 
     def _without_pruned(self, h: Tensor, experts: Tensor, statistics: JointStatistics) -> Tensor:
-        pooled = self.pooled(statistics)
-        pruned = self.split(pooled, statistics.tokens).pruned
+        pooled = self.ranking.pooled(statistics)
+        pruned = self.ranking.split(pooled, statistics.tokens).pruned
         places = self.layout.positions(pruned)[experts]
         if self.config.fill == "mean":
             mean = pooled.mean.gather(1, pruned)[experts]

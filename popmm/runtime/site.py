@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +15,11 @@ from popmm.layouts.traffic import bytes_read
 from popmm.method import ffn as arithmetic
 from popmm.method.budget import RegionSizes
 from popmm.method.fingerprint import IDENTIFYING
-from popmm.method.importance import ChannelStatistics, blend_with_prior, measure, token_score
-from popmm.method.modality import TEXT, JointStatistics
-from popmm.method.partition import FFNPartition, split
+from popmm.method.modality import JointStatistics
+from popmm.method.partition import FFNPartition
 from popmm.runtime.integrity import Integrity
+from popmm.runtime.overrides import Hook, Override
+from popmm.runtime.ranking import Ranking
 
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
@@ -34,21 +35,20 @@ Choose = Callable[[Tensor, int], Tensor]  # (scores [..., n], k) -> mask of thos
 class PrunedSite:
     """What FFNs and experts under POP have in common: a partition, a layout, a trace."""
 
+    choose: Choose = staticmethod(arithmetic.best)  # which of the scored channels pass
+
     def __init__(self, site: FFNSite, sizes: RegionSizes, config: PopConfig, layout: Layout) -> None:
         self.name = site.name
         self.site = site
         self.sizes = sizes
         self.config = config
-        self.score = token_score(config.importance)
         self.integrity: Integrity | None = None  # set by attach
         self.identity: Tensor | None = None  # float32 [n], by which a saved sequence knows the model again
         self.note = ""  # what a reader must know of the partition's origin
         self.partition: FFNPartition | None = None
         self.trace: Trace | None = None
-        # what baselines replace: whose statistics alone count, and which scored channels pass
-        self.only_modality: str | None = None
-        self.choose: Choose = arithmetic.best
         self.layout = layout
+        self.ranking = Ranking(site, sizes, config, layout)
         self.allocate()
 
     def allocate(self) -> None:
@@ -66,38 +66,8 @@ class PrunedSite:
         hooked = self.integrity.check()
         if not self.layout.fits(self.site.weights()):
             self.allocate()
-            self.reread()
+            self.ranking.forget_weights()
         return hooked
-
-    def reread(self) -> None:
-        """What else must be read again when weights have changed."""
-
-    def prior(self) -> Tensor:
-        """A channel's score without a prompt, float32 ``[(E,) d_ff]``: the product of its vectors' norms."""
-        gate, up = _row_norms(self.site.weights())
-        return self.layout.by_channel(gate * up * self.layout.norms)
-
-    def up_prior(self) -> Tensor:
-        """In place of the up projection's root mean square without a prompt: its rows' norms."""
-        return self.layout.by_channel(_row_norms(self.site.weights())[1])
-
-    @property
-    def wants_up(self) -> bool:
-        """Whether the prompt pass must measure the up projection too."""
-        return self.config.selection == "gate" and not self.sizes.is_dense
-
-    def measured(self, h: Tensor, **how) -> ChannelStatistics:
-        """``measure`` of h as it lies, in the model's own channel numbers."""
-        found = measure(h, self.score, self.layout.norms, **how)
-        by_channel = self.layout.by_channel
-        return ChannelStatistics(by_channel(found.squares), by_channel(found.total), found.tokens, found.up_squares)
-
-    def up_rms(self, pooled: ChannelStatistics, short: bool) -> Tensor:
-        """Root mean square of the up projection over the prompt, float32 ``[(E,) d_ff]``; see ``importance``."""
-        if not short:
-            return pooled.up_rms
-        squares = ChannelStatistics(pooled.up_squares, pooled.total, pooled.tokens)
-        return blend_with_prior(squares, self.up_prior().to(pooled.squares.device), self.config.prior_tokens)
 
     def marked(self, index: Tensor) -> Tensor:
         """Places in reading order ``[n, K]`` as a mask, bool ``[n, |R| + |C|]``."""
@@ -111,37 +81,6 @@ class PrunedSite:
     def layout_order(self) -> Tensor:
         """Channels in the order of h at decode, int64 ``[(E,) n]``; all of them if the FFN is left dense."""
         return self.partition.reading_order if self.sizes.is_dense else self.layout.reading_order
-
-    def importance(self, statistics: ChannelStatistics, short: bool = False) -> Tensor:
-        """Importance that the partition ranks by, float32 ``[(E,) d_ff]``.
-
-        Args:
-            short: the FFN was given fewer tokens than its prompt has, or none: it leans on the weights' own norms.
-        """
-        if not short:
-            return statistics.importance
-        return blend_with_prior(statistics, self.prior().to(statistics.squares.device), self.config.prior_tokens)
-
-    def pooled(self, statistics: JointStatistics) -> ChannelStatistics:
-        """Statistics that the partition is made from, over all modalities."""
-        if self.only_modality in statistics.by_modality:
-            return statistics.by_modality[self.only_modality]
-        return statistics.pooled(self.config.modality_balance)
-
-    def split(self, pooled: ChannelStatistics, tokens: Mapping[str, Tensor], short: bool = False) -> FFNPartition:
-        return split(self.importance(pooled, short), self.sizes, tokens)
-
-    def nothing(self) -> JointStatistics:
-        """Statistics of no token."""
-        like = self.layout.norms
-        zeros = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-        tokens = torch.zeros(like.shape[:-1], dtype=torch.int64, device=like.device)
-        none = ChannelStatistics(zeros, zeros, tokens, zeros if self.wants_up else None)
-        return JointStatistics({TEXT: none})
-
-    def is_short(self, statistics: JointStatistics, tokens: int) -> bool:
-        """Whether the FFN was given fewer tokens than the ``tokens`` of its prompt."""
-        return statistics.n_tokens < tokens
 
     def add(self, prompt: PromptPass, new: JointStatistics) -> JointStatistics:
         """Adds a pass's statistics to what the sequence has; kept by the phase if the pass ends well."""
@@ -157,19 +96,21 @@ class PrunedSite:
             tokens: of the prompt, that the FFN should have been given.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.layout.norms.device.type, enabled=False):
-            statistics = self.nothing() if statistics is None else statistics
-            short = self.is_short(statistics, tokens)
+            ranking = self.ranking
+            statistics = ranking.nothing() if statistics is None else statistics
+            short = ranking.is_short(statistics, tokens)
             self.note = _note(statistics.n_tokens, tokens) if short else ""
-            pooled = self.pooled(statistics)
-            self.partition = self.split(pooled, statistics.tokens, short)
+            pooled = ranking.pooled(statistics)
+            self.partition = ranking.split(pooled, statistics.tokens, short)
             if self.sizes.is_dense:
                 return
-            prompt = (pooled.mean, self.up_rms(pooled, short)) if self.wants_up else (pooled.mean,)
+            prompt = (pooled.mean, ranking.up_rms(pooled, short)) if ranking.wants_up else (pooled.mean,)
             self.layout.write(self.site.weights(), self.partition, *prompt)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
         self.layout.release()
+        self.ranking.forget_weights()
 
     def bytes_per_token(self) -> tuple[float, float]:
         """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``."""
@@ -179,12 +120,21 @@ class PrunedSite:
 class PrunedFFN(PrunedSite):
     """A dense gated FFN under POP. ``forward`` and ``observe`` are wired to the model by ``attach``."""
 
-    def wire(self, phase: Phase) -> None:
+    def wire(self, phase: Phase, switches_experts: bool) -> None:
         """Remembers whom to ask for the phase, and the module's own forward."""
         self.phase = phase
         self.dense_forward = self.site.module.forward
         self._x: Tensor | None = None  # input and up projection of the prompt pass in progress
         self._up: Tensor | None = None
+
+    def overrides(self) -> list[Override]:
+        return [Override(self.site.module, "forward", self.forward)]
+
+    def hooks(self) -> list[Hook]:
+        found = [Hook(self.site.down, self.observe)]
+        if self.ranking.wants_up and self.site.up is not None:
+            found.append(Hook(self.site.up, self.keep_up, after=True))
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the module's forward: dense at prefill and by itself, pruned at decode."""
@@ -193,7 +143,7 @@ class PrunedFFN(PrunedSite):
             phase.warn_if_unwired()
             return self.dense_forward(x)
         if not phase.decoding:
-            reads = self.wants_up and phase.prompt is not None
+            reads = self.ranking.wants_up and phase.prompt is not None
             return self.read(x) if reads else self.dense_forward(x)
         y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
         if self.trace is not None:
@@ -235,7 +185,8 @@ class PrunedFFN(PrunedSite):
         layout, sizes = self.layout, self.sizes
         h, passing = arithmetic.hidden(x, layout.padded, self.site.combine)[..., : sizes.read], None
         if self.config.selection == "mask":
-            passing = arithmetic.select(h, self.score, layout.down_norm, sizes.retained, sizes.budget, self.choose)
+            score, norm = self.ranking.score, layout.down_norm
+            passing = arithmetic.select(h, score, norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, layout.mean)
         return arithmetic.project_down(h, layout.weights), passing
 
@@ -252,18 +203,18 @@ class PrunedFFN(PrunedSite):
             groups = prompt.groups_of(len(flat))
             if not groups:
                 return None
-            if self.wants_up:
+            if self.ranking.wants_up:
                 up = self._up if self._up is not None else self._recompute_up()
                 up = up.flatten(0, -2)
             read = {}
             for modality, rows in groups.items():
                 own = slice(None) if rows is None else rows.to(h.device)
-                read[modality] = self.measured(flat[own], up=None if up is None else up[own])
+                read[modality] = self.ranking.measured(flat[own], up=None if up is None else up[own])
             statistics = self.add(prompt, JointStatistics(read))
         if self.config.prefill == "dense" or self.sizes.is_dense or prompt.refreshes:
             return None
-        pooled = self.pooled(statistics)
-        pruned = self.split(pooled, statistics.tokens, self.is_short(statistics, prompt.all_tokens)).pruned
+        pooled, short = self.ranking.pooled(statistics), self.ranking.is_short(statistics, prompt.all_tokens)
+        pruned = self.ranking.split(pooled, statistics.tokens, short).pruned
         h = h.clone()
         mean = 0.0
         if self.config.fill == "mean":
@@ -282,13 +233,6 @@ class PrunedFFN(PrunedSite):
         order = self.layout_order().to(x.device)
         full[:, order] = True if passing is None else passing.reshape(batch * n_tokens, -1)
         self.trace.add(self.name, full.view(batch, n_tokens, -1).transpose(0, 1))
-
-
-def _row_norms(weights: arithmetic.FFNWeights) -> tuple[Tensor, Tensor]:
-    """Norms of gate rows and up rows, float32 ``[(E,) d_ff]``."""
-    accumulate = torch.promote_types(weights.gate.dtype, torch.float32)
-    gate, up = (torch.linalg.vector_norm(w.detach(), dim=-1, dtype=accumulate) for w in (weights.gate, weights.up))
-    return gate.to(torch.float32), up.to(torch.float32)
 
 
 def _note(read: int, tokens: int) -> str:

@@ -17,24 +17,24 @@ from popmm.adapters.vlm import Surroundings
 from popmm.compat import BATCHING_CALLS, CONTINUOUS_BATCHING, find_cache, generate_settings, is_exporting
 from popmm.runtime.calls import Arguments, input_shape
 from popmm.runtime.experts_interface import check_switched
-from popmm.runtime.phase import Phase
+from popmm.runtime.runner import Runner
 
 
-def _is_compiled_step(phase: Phase, arguments: dict[str, Any]) -> bool:
+def _is_compiled_step(runner: Runner, arguments: dict[str, Any]) -> bool:
     """Whether this call is a decode step being compiled, which must be nothing but tensor operations."""
-    is_step = phase.decoding and not phase.in_prompt and input_shape(arguments)[1] == 1
+    is_step = runner.phase.decoding and not runner.around.in_prompt and input_shape(arguments)[1] == 1
     return torch.compiler.is_compiling() and is_step
 
 
-def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable:
+def phased(decoder: nn.Module, runner: Runner, switches_experts: bool) -> Callable:
     """The decoder's forward, run in the phase that each call is."""
     forward = decoder.forward
     read = Arguments(forward)
-    run = torch.compiler.disable(phase.run)
+    run = torch.compiler.disable(runner.run)
 
     @functools.wraps(forward)
     def phased_forward(*args, **kwargs):
-        if phase.released:
+        if runner.phase.released:
             return forward(*args, **kwargs)
         if is_exporting():
             raise RuntimeError(
@@ -42,7 +42,7 @@ def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable
                 "its prompt: call popmm.detach(model) first"
             )
         arguments = read(args, kwargs)
-        if _is_compiled_step(phase, arguments):
+        if _is_compiled_step(runner, arguments):
             return forward(*args, **kwargs)
         if decoder.training:
             raise RuntimeError("the model is in training mode: call model.eval(), or popmm.detach(model) to train")
@@ -53,50 +53,53 @@ def phased(decoder: nn.Module, phase: Phase, switches_experts: bool) -> Callable
     return phased_forward
 
 
-def with_modalities(surroundings: Surroundings, phase: Phase) -> Callable:
+def with_modalities(surroundings: Surroundings, runner: Runner) -> Callable:
     """The forward of the module around the decoder, which knows what the decoder cannot see: image tokens."""
     forward = surroundings.module.forward
     read = Arguments(forward)
-    run = torch.compiler.disable(phase.run_around)
+    run = torch.compiler.disable(runner.run_around)
 
     @functools.wraps(forward)
     def reading_forward(*args, **kwargs):
-        if phase.released or is_exporting():  # the decoder inside refuses to be exported
+        if runner.phase.released or is_exporting():  # the decoder inside refuses to be exported
             return forward(*args, **kwargs)
         arguments = read(args, kwargs)
-        if _is_compiled_step(phase, arguments):
+        if _is_compiled_step(runner, arguments):
             return forward(*args, **kwargs)
         return run(forward, args, kwargs, lambda: surroundings.modalities(arguments))
 
     return reading_forward
 
 
-def exclusive(generate: Callable, phase: Phase) -> Callable:
+def exclusive(generate: Callable, runner: Runner) -> Callable:
     """``generate``, refused to a second thread from its first token to its last."""
 
     @functools.wraps(generate)
     def exclusive_generate(*args, **kwargs):
-        if phase.released:
+        if runner.phase.released:
             return generate(*args, **kwargs)
-        with phase.exclusive("generate"):
+        with runner.phase.exclusive("generate"):
             setting = generate_settings(generate, args, kwargs)
             if setting("cache_implementation") == "paged":
                 raise RuntimeError(CONTINUOUS_BATCHING)
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
-            with phase.generating(copies, fillers, drafts=bool(setting("is_assistant"))):
-                return generate(*args, **kwargs)
+            with runner.around.generating(copies, fillers, drafts=bool(setting("is_assistant"))) as watch:
+                output = generate(*args, **kwargs)
+            if not watch.begun:
+                runner.phase.warn_if_unwired()
+            return output
 
     return exclusive_generate
 
 
-def refused_batching(model: nn.Module, phase: Phase) -> list[tuple[nn.Module, str, Callable]]:
+def refused_batching(model: nn.Module, runner: Runner) -> list[tuple[nn.Module, str, Callable]]:
     """Overrides that refuse continuous batching before anything is started."""
 
     def refusing(call: Callable) -> Callable:
         @functools.wraps(call)
         def refuse(*args, **kwargs):
-            if phase.released:
+            if runner.phase.released:
                 return call(*args, **kwargs)
             raise RuntimeError(CONTINUOUS_BATCHING)
 
@@ -111,26 +114,24 @@ def _tokens(*given) -> set[int]:
     return {int(token) for token in flat}
 
 
-def compiled(get_compiled_call: Callable, phase: Phase, refreshes: bool) -> Callable:
-    """``generate``'s compiled step, which counts its passes and is left out where a step refreshes the partition."""
+def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
+    """``generate``'s compiled step, counted, and left out where a step has another partition to make, or none."""
 
     @functools.wraps(get_compiled_call)
     def get_counted_call(*args, **kwargs):
         step, model = get_compiled_call(*args, **kwargs), get_compiled_call.__self__
-        if phase.released:
+        if runner.phase.released:
             return step
 
         def counted(*args, **kwargs):
             ids = kwargs.get("input_ids")
-            is_step = not phase.in_prompt and ids is not None and ids.shape[1] == 1
-            if is_step and not phase.decodes(find_cache(kwargs)):
-                return model(*args, **kwargs)  # eagerly: it has another partition to make, or none
-            if refreshes and is_step and phase.compiled_step():
+            is_step = not runner.around.in_prompt and ids is not None and ids.shape[1] == 1
+            if is_step and not runner.runs_compiled(find_cache(kwargs)):
                 return model(*args, **kwargs)
-            before = phase.passes.total
+            before = runner.passes.total
             output = step(*args, **kwargs)
-            if is_step and phase.passes.total == before:  # compiled code does not pass by the phase
-                phase.seen("decode")
+            if is_step and runner.passes.total == before:
+                runner.ran_compiled()
             return output
 
         return counted
@@ -138,14 +139,14 @@ def compiled(get_compiled_call: Callable, phase: Phase, refreshes: bool) -> Call
     return get_counted_call
 
 
-def chunked(prefill: Callable, phase: Phase) -> Callable:
+def chunked(prefill: Callable, runner: Runner) -> Callable:
     """``generate``'s prefill, whose passes are a prompt however few tokens they bring."""
 
     @functools.wraps(prefill)
     def chunked_prefill(input_ids, generation_config, *args, **kwargs):
-        if phase.released or generation_config.prefill_chunk_size is None:
+        if runner.phase.released or generation_config.prefill_chunk_size is None:
             return prefill(input_ids, generation_config, *args, **kwargs)
-        with phase.reading_prompt():
+        with runner.around.reading_prompt():
             return prefill(input_ids, generation_config, *args, **kwargs)
 
     return chunked_prefill

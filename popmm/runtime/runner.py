@@ -1,0 +1,196 @@
+"""Runs each pass of an attached decoder in the phase that it is, and keeps its FFNs partitioned for the text at hand.
+
+A pass is prefill when it starts a sequence (empty cache) or brings several tokens, and decode when it
+brings one token per sequence to a partitioned model. A prefill pass on a cache that already holds tokens
+(chat turns, chunked prefill, assisted verification) adds to the statistics of that cache. One token on a cache whose
+prompt popmm has not read is neither: it runs dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popmm.compat import Cache, cache_of, find_cache
+from popmm.runtime.around import Around
+from popmm.runtime.calls import input_shape
+from popmm.runtime.partitions import Partitions
+from popmm.runtime.passes import Passes, warn_dense
+from popmm.runtime.phase import Phase
+from popmm.runtime.prompt import PromptPass
+from popmm.runtime.sequence import Sequence, Sequences, has_past, past_tokens, remember_length
+
+UNKNOWN_CACHE = (
+    "popmm has not read the prompt in this cache (attached or reset in the middle of a text, or a cache built from "
+    "tensors): the next pass of several tokens is read as a prompt"
+)
+READ_AS_PROMPT = (
+    "the pass after the prompt was read as another prompt: it brought several tokens (assisted generation, prompt "
+    "lookup) or no key-value cache (use_cache=False)"
+)
+
+
+class Runner:
+    """Follows the passes of one attached model."""
+
+    def __init__(self, phase: Phase, partitions: Partitions, refresh_every: int = 0) -> None:
+        self.phase, self.partitions = phase, partitions
+        self.refresh_every = refresh_every
+        self.around = Around()
+        self.passes = Passes()
+        self.sequences = Sequences(partitions.identity)
+
+    def reset(self) -> None:
+        """Forgets the partition and all statistics; the next pass of several tokens is a prompt."""
+        with self.phase.exclusive.between_passes("reset"):
+            self.sequences = Sequences(self.partitions.identity)
+            self.partitions.forget()
+
+    def run(self, forward: Callable, args: tuple, kwargs: dict, arguments: dict[str, Any]):
+        """Runs one pass of the decoder in the phase that it is."""
+        with self.phase.exclusive("forward"), self.phase.exclusive.one_pass():
+            cache, shape = find_cache(arguments), input_shape(arguments)
+            if 0 in shape:
+                raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
+            known = self.sequences.on(cache)
+            if self.phase.simulating:
+                if known is not None and 0 < self.refresh_every < known.steps + shape[1]:
+                    raise RuntimeError(
+                        f"simulated decode of {shape[1]} tokens passes a step that refresh_every={self.refresh_every} "
+                        f"makes dense: split it there, after {self.refresh_every - known.steps} tokens"
+                    )
+                return self._decode(forward, args, kwargs, shape, cache)
+            if torch.is_grad_enabled():
+                forward = self.partitions.refusing_backward(forward)
+            if known is not None and self.sequences.crop(cache, known) and known is self.partitions.active:
+                self.partitions.active = None  # part of its prompt is gone
+            if shape[1] > 1 or not has_past(cache, known) or (self.around.begins and known is not None):
+                return self._prefill(forward, args, kwargs, self._prompt_pass(arguments, shape, cache, known), cache)
+            reason = self._why_dense(known)
+            if reason:
+                return self._dense(forward, args, kwargs, shape, cache, reason)
+            if self._is_due(known):
+                prompt = self._prompt_pass(arguments, shape, cache, known, refreshes=True)
+                return self._prefill(forward, args, kwargs, prompt, cache)
+            return self._decode(forward, args, kwargs, shape, cache)
+
+    def run_around(self, forward: Callable, args: tuple, kwargs: dict, read: Callable[[], dict[str, Tensor]]):
+        """Runs the module around the decoder; ``read`` tells its image tokens, if the pass is a prompt."""
+        with self.phase.exclusive("forward"), self.around.embedding(read):
+            return forward(*args, **kwargs)
+
+    @contextmanager
+    def simulated_decode(self) -> Iterator[None]:
+        """Inside, passes of several tokens are decode: each token is pruned as if it came alone."""
+        with self.phase.exclusive("simulated decode"):
+            if self.partitions.active is None:
+                raise RuntimeError("simulated decode needs a partition: run a prompt through the model first")
+            self.phase.simulating = True
+            try:
+                yield
+            finally:
+                self.phase.simulating = False
+
+    def runs_compiled(self, cache: Cache | None) -> bool:
+        """Whether a compiled decode step on this cache would do: its own partition is laid out, and no refresh due."""
+        active = self.partitions.active
+        return active is not None and self.sequences.on(cache) is active and not self._is_due(active)
+
+    def ran_compiled(self) -> None:
+        """Counts a decode step whose compiled code does not pass by here."""
+        if self.partitions.active is not None:
+            self.partitions.active.steps += 1
+        self.seen("decode")
+
+    def seen(self, kind: str, reason: str = "", begins: bool = False) -> None:
+        """Counts a pass, and has the ``generate`` call in progress judge it.
+
+        Args:
+            begins: whether it began a cache: a prompt, also if it is not the first of its ``generate`` (guidance).
+        """
+        self.passes.count(kind, reason)
+        watch = self.around.watch
+        if watch is not None:
+            in_prompt = self.around.begins or begins
+            watch.begun = True
+            if not in_prompt:
+                watch.after_prompt(kind, reason or READ_AS_PROMPT, self.partitions.prunes)
+
+    def _prompt_pass(
+        self,
+        arguments: dict[str, Any],
+        shape: tuple[int, int],
+        cache: Cache | None,
+        known: Sequence | None,
+        refreshes=False,
+    ) -> PromptPass:
+        past = past_tokens(cache, known)
+        counted = self.around.counted(arguments, shape, past, refreshes)
+        sequence = known if past and known is not None else self.sequences.new()
+        sequence.crop(past)
+        self.partitions.check_weights()
+        return PromptPass(sequence, shape, past, counted, self.around.modalities(shape), refreshes)
+
+    def _is_due(self, sequence: Sequence) -> bool:
+        """Whether the next decode step is the dense one that refreshes the statistics."""
+        return self.refresh_every > 0 and sequence.steps >= self.refresh_every
+
+    def _why_dense(self, known: Sequence | None) -> str:
+        """Makes the partition of a known sequence the active one; or says why this decode step cannot be pruned."""
+        if known is None:
+            return UNKNOWN_CACHE
+        if known is self.partitions.active:
+            return ""
+        if not known.has_tokens:
+            return "no token of this cache's prompt counted, so there is nothing to rank channels by"
+        watch = self.around.watch
+        if watch is None or not watch.begun:  # else its own prompt has seen to that
+            self.partitions.check_weights()
+        self.partitions.activate(known)
+        return ""
+
+    def _decode(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache):
+        self.phase.decoding, self.phase.shape = True, shape
+        output = forward(*args, **kwargs)
+        known = self.sequences.on(cache)
+        if known is not None:
+            known.steps += shape[1]
+            remember_length(cache, known, shape[1])
+        self.seen("decode")
+        return output
+
+    def _dense(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache, reason: str):
+        # the first step of a generate is judged by its watch
+        is_new, watch = self.sequences.is_new_stranger(cache), self.around.watch
+        if self.partitions.prunes and is_new and (watch is None or watch.judged):
+            warn_dense(reason)
+        self.phase.decoding, self.phase.shape = False, shape  # so it stays: the next step may be compiled, past this
+        output = forward(*args, **kwargs)
+        self.seen("dense", reason)
+        return output
+
+    def _prefill(self, forward: Callable, args: tuple, kwargs: dict, prompt: PromptPass, cache):
+        phase = self.phase
+        phase.decoding, phase.prompt, phase.shape = False, prompt, prompt.shape
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            phase.prompt = None
+            phase.decoding = self.partitions.active is not None
+        sequence = prompt.sequence
+        sequence.add(prompt.past, prompt.tokens, prompt.statistics, prompt.refreshes)
+        cache = cache if cache is not None else cache_of(output)
+        if cache is not None:
+            self.sequences.put(cache, sequence)
+            remember_length(cache, sequence, prompt.shape[1])
+        if sequence.has_tokens:
+            self.partitions.activate(sequence)
+        if prompt.refreshes:
+            self.seen("dense", f"refreshes the partition (refresh_every={self.refresh_every})")
+        else:
+            self.seen("prompt", begins=prompt.past == 0 and cache is not None)
+        return output

@@ -1,0 +1,94 @@
+"""What an attached model gets where: everything that is put on it, before any of it is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from popmm.adapters.vlm import Surroundings
+from popmm.compat import CACHE_LENGTH, internal
+from popmm.runtime.attachment import Attachment
+from popmm.runtime.caches import StaticCaches
+from popmm.runtime.experts_interface import ON_MODULE, dense_experts
+from popmm.runtime.integrity import Integrity, leads_to
+from popmm.runtime.overrides import Hook, Kept, Override
+from popmm.runtime.runner import Runner
+from popmm.runtime.site import PrunedSite
+from popmm.runtime.tower import PrunedTowerFFN
+from popmm.runtime.wrappers import chunked, compiled, exclusive, phased, refused_batching, with_modalities
+
+
+def wire(
+    model: nn.Module,
+    decoder: nn.Module,
+    surroundings: Surroundings | None,
+    state: Any,
+    runner: Runner,
+    ffns: list[PrunedSite],
+    tower: list[PrunedTowerFFN],
+    dense_modules: list[nn.Module],
+) -> Attachment:
+    """Overrides and hooks of everything that takes part, not yet installed.
+
+    Args:
+        surroundings: the module around the decoder that knows its image tokens; None = it reads text alone.
+        state: what ``attach`` returns.
+        dense_modules: experts that are left dense.
+    """
+    caches = StaticCaches()
+    overrides = [Override(model, name, ours) for name, ours in _around_generate(model, runner, caches)]
+    overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
+    hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
+    switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
+    for ffn in ffns:
+        ffn.wire(runner.phase, switches_experts)
+        ffn.integrity = Integrity(model, ffn.name, ffn.site.module)
+        overrides += ffn.overrides()
+        hooks += ffn.hooks()
+        notes.append(functools.partial(ffn.integrity.installed, None if ffn.site.is_experts else ffn.forward))
+    if switches_experts:
+        overrides += [Override(module, ON_MODULE, dense_experts(module, runner.phase)) for module in dense_modules]
+    forward = phased(decoder, runner, switches_experts)
+    overrides.append(Override(decoder, "forward", forward))
+    runner.phase.is_wired = functools.partial(leads_to, decoder, forward)
+    if surroundings is not None:
+        overrides.append(Override(surroundings.module, "forward", with_modalities(surroundings, runner)))
+    return Attachment(
+        decoder,
+        state,
+        runner,
+        caches,
+        switches_experts,
+        overrides,
+        hooks,
+        kept=[Kept(model, CACHE_LENGTH)],
+        holds=list(_held(ffns)),
+        writes=any(ffn.layout.name == "permute" and not ffn.sizes.is_dense for ffn in ffns),
+        after_install=notes,
+    )
+
+
+def _held(ffns: list[PrunedSite]) -> Iterator[tuple[nn.Module | nn.Parameter, str]]:
+    """Modules and parameters that FFNs are made of, with their names."""
+    for ffn in ffns:
+        yield ffn.site.module, ffn.name
+        for name, parameter in ffn.site.module.named_parameters():
+            yield parameter, f"{ffn.name}.{name}"
+
+
+def _around_generate(model: nn.Module, runner: Runner, caches: StaticCaches) -> Iterator[tuple[str, Callable]]:
+    """What stands around ``generate`` and its steps, by name."""
+    if hasattr(model, "generate"):
+        yield "generate", exclusive(model.generate, runner)
+    around = {
+        "_prepare_static_cache": caches.wrap,
+        "get_compiled_call": lambda call: compiled(call, runner),
+        "_prefill": lambda call: chunked(call, runner),
+    }
+    for name, wrap in around.items():
+        call = internal(model, name)
+        if call is not None:
+            yield name, wrap(call)
