@@ -33,7 +33,7 @@ if [[ "${1:-}" == --tiny ]]; then
 else
     "$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no GPU here: try --tiny'" || exit 1
     if "$PYTHON" -c "import pytest, hypothesis" 2>/dev/null; then
-        timeout 120 "$PYTHON" -m pytest -q tests/test_kernels.py tests/test_on_gpu.py || failed=1
+        timeout 120 "$PYTHON" -m pytest -q tests/kernels/test_kernels.py tests/runtime/test_on_gpu.py || failed=1
     fi
     timeout 60 "$PYTHON" benchmarks/kernel_bandwidth.py || failed=1
     full=(--dtype bfloat16 --layers 8 --rounds 2)

@@ -3,10 +3,10 @@
 import itertools
 from contextlib import contextmanager
 
-import independent
 import pytest
 import tiny
 import torch
+from independent_experts import expert_down, expert_h, experts_of, routed
 
 import popmm
 from popmm.method import reference
@@ -14,38 +14,6 @@ from popmm.method import reference
 RATIO = 0.4
 CONFIG = popmm.PopConfig(ffn_ratio=RATIO, candidate_fraction=0.2, prior_tokens=0)
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
-
-
-def experts_of(model):
-    """Name to experts module, in layer order."""
-    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith("Experts")}
-
-
-def expert_h(module, expert, x):
-    """h ``[n, d_ff]`` of one expert by the module's own stacked weights."""
-    w = module.gate_up_proj[expert]
-    gate_up = x @ (w if module.is_transposed else w.T)
-    if module.has_bias:
-        gate_up = gate_up + module.gate_up_proj_bias[expert]
-    return module._apply_gate(gate_up)
-
-
-def expert_down(module, expert):
-    """down ``[d_model, d_ff]``."""
-    w = module.down_proj[expert]
-    return w.T if module.is_transposed else w
-
-
-@contextmanager
-def routed(model):
-    """Yields {name: list of (x, index, weight)} seen by the experts modules."""
-    seen = {name: [] for name in experts_of(model)}
-
-    def keep(name):
-        return lambda module, args: seen[name].append(tuple(a.detach().clone() for a in args))
-
-    with independent.pre_hooks((m, keep(name)) for name, m in experts_of(model).items()):
-        yield seen
 
 
 @torch.no_grad()
@@ -202,19 +170,6 @@ def test_dense_prefill_is_untouched(name, implementation):
             assert torch.equal(model(ids).logits, dense)
 
 
-def test_detach_leaves_no_trace(name):
-    model = tiny.moe(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    former = model.config._experts_implementation
-    with pytest.raises(KeyError), popmm.pruned(model, CONFIG):
-        model.generate(tiny.prompt(9), max_new_tokens=3)
-        raise KeyError
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert model.config._experts_implementation == former
-    for module in model.modules():
-        assert not [key for key in module.__dict__ if "popmm" in key or key in ("forward", "generate")]
-
-
 def test_padding_and_batch_order_do_not_matter(name):
     model = tiny.moe(name)
     short, long = tiny.prompt(7, seed=1)[0], tiny.prompt(15, seed=2)[0]
@@ -233,21 +188,6 @@ def test_padding_and_batch_order_do_not_matter(name):
                     cache_implementation=cache,
                 )
                 assert_partitions(state, expected)
-
-
-def test_exactly_k_channels_pass_per_routed_expert(name):
-    model = tiny.moe(name)
-    with popmm.pruned(model, CONFIG) as state, state.trace() as trace, routed(model) as seen:
-        model.generate(tiny.prompt(9, batch=2), max_new_tokens=4, do_sample=False)
-    for layer in experts_of(model):
-        mask = trace[layer]
-        p = state.layers[layer]
-        assert mask.shape == (3, 2, len(p.tokens), 48)
-        counts = mask.sum(-1)
-        assert set(counts.unique().tolist()) == {0, p.budget}
-        for step, (_, index, _) in enumerate(seen[layer][1:]):
-            on = torch.zeros(counts.shape[1:], dtype=torch.bool).scatter(1, index, True)
-            assert torch.equal(counts[step] > 0, on)
 
 
 def test_pruned_prefill_turns_each_experts_pruned_channels_off():

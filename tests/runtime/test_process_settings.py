@@ -4,6 +4,7 @@ import ast
 import contextlib
 import ctypes
 import functools
+import os
 import pathlib
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from popmm.method.modality import JointStatistics
 from popmm.runtime.padding import first_copies
 from popmm.runtime.trace import Trace
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 NAMES = """
 arange as_tensor asarray bartlett_window blackman_window empty empty_permuted empty_strided eye frombuffer full
 hamming_window hann_window kaiser_window linspace logspace normal ones rand randint randn randperm range
@@ -185,8 +186,9 @@ def check_default_dtypes():
 
 
 def test_the_default_dtype_changes_nothing():
-    code = "import sys; sys.path.insert(0, 'tests'); import test_process_settings as t; t.check_default_dtypes()"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    code = "import test_process_settings as t; t.check_default_dtypes()"
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests/runtime")])}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=paths, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

@@ -82,9 +82,10 @@ def test_bench_command_writes_rows_and_a_plot(tmp_path, capsys):
     assert "moe-1k (tiny), float32, batch 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_gpu_suite(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
-    command = ["benchmarks/gpu_suite.sh", "--tiny"]
+    command = ["benchmarks/gpu_suite.sh", "--tiny"]  # .ci/run runs this test too
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads((tmp_path / "suite.json").read_text())

@@ -304,7 +304,7 @@ def test_switched_off_kernels_fall_back_to_torch():
 def test_triton_kernels_under_the_interpreter():
     code = """
 import torch, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/kernels"]
 import test_kernels as t
 from popmm.kernels import triton_rows as room, twin
 for size in t.SIZES:

@@ -4,8 +4,8 @@ import itertools
 from contextlib import contextmanager, nullcontext
 
 import independent
+import independent_experts
 import pytest
-import test_moe
 import tiny
 import torch
 
@@ -74,7 +74,7 @@ def expert_parts(module, e):
         return module._apply_gate(joint)
 
     down_bias = module.down_proj_bias[e] if module.has_bias else None
-    return gate, gate_bias, up, up_bias, test_moe.expert_down(module, e), down_bias, combine
+    return gate, gate_bias, up, up_bias, independent_experts.expert_down(module, e), down_bias, combine
 
 
 def statistics(x, parts):
@@ -91,7 +91,7 @@ def reference(model, prompt, state):
     """The model with every FFN run by loops, as partitioned by ``state``; yields the channels chosen per site."""
     chosen = {}
     decoder = model.model
-    experts = test_moe.experts_of(model)
+    experts = independent_experts.experts_of(model)
     inputs = {}
 
     def keep(key):
@@ -185,29 +185,6 @@ def test_decode_equals_loops(name, changes):
             assert {tuple(p) for p in pairs.tolist()} == {(e, i) for e, best in steps for i in best}
         else:
             assert [row.nonzero().flatten().tolist() for row in trace[site][:, 0]] == [sorted(best) for best in steps]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt-oss", "mixtral"])
-@pytest.mark.parametrize("layout", ["copy", "permute"])
-@pytest.mark.parametrize("bits", [16, 4])
-def test_detach_gives_bytes_and_strides_back(name, layout, bits):
-    model = build(name)
-    before = {k: (v.clone(), v.stride()) for k, v in model.state_dict().items()}
-    with popmm.pruned(model, CONFIG.replace(layout=layout, gate_bits=bits)) as state:
-        for seed in range(3):
-            model.generate(tiny.prompt(9, seed=seed), max_new_tokens=3, do_sample=False)
-        assert f"layout={layout}" in state.summary()
-    for k, v in model.state_dict().items():
-        assert torch.equal(v, before[k][0]) and v.stride() == before[k][1]
-
-
-def test_ratio_0_is_exact():
-    model = build("llama")
-    how = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    dense = model.generate(tiny.prompt(9), **how)
-    for bits in (16, 8, 4):
-        with popmm.pruned(model, pruning_ratio=0.0, selection="gate", gate_bits=bits):
-            assert all(map(torch.equal, model.generate(tiny.prompt(9), **how).logits, dense.logits))
 
 
 @pytest.mark.parametrize("share, cost", [*itertools.product([0.9, 0.7, 0.5, 0.35, 0.1], [1.0, 0.516, 0.266])])

@@ -59,33 +59,6 @@ def test_moves_are_the_fewest_that_do(n_experts, regions, generator):
     assert torch.equal(moved, now)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"selection": "keep"}, {"fill": "mean"}, {"prefill": "pruned"}, {"prefill": "pruned", "fill": "mean"}],
-    ids=str,
-)
-def test_logits_traces_and_partitions_equal_those_of_copied_weights(model, changes):
-    before = weights(model)
-    found = {}
-    for config in (COPY, CONFIG):
-        with popmm.pruned(model, config.replace(**changes)) as state:
-            rows = []
-            for seed in range(3):
-                with state.trace() as trace:
-                    logits = decode(model, tiny.prompt(9 + seed, seed=seed), tiny.prompt(3, seed=7)[0])
-                partitions = {k: (p.retained, p.candidate, p.importance) for k, p in state.layers.items()}
-                rows.append((logits, dict(trace), partitions))
-            found[config.layout] = rows
-    for (logits, trace, partitions), (theirs, their_trace, their_partitions) in zip(*found.values()):
-        torch.testing.assert_close(logits, theirs, atol=2e-5, rtol=1e-4)
-        assert all(torch.equal(trace[name], their_trace[name]) for name in trace)
-        for name, (retained, candidate, importance) in partitions.items():
-            assert torch.equal(retained, their_partitions[name][0])
-            assert torch.equal(candidate, their_partitions[name][1])
-            torch.testing.assert_close(importance, their_partitions[name][2], atol=1e-6, rtol=1e-4)
-    assert_same_bytes(model, before)
-
-
 def test_bytes_are_exact_after_50_prompts(model):
     before = weights(model)
     with popmm.pruned(model, CONFIG) as state:

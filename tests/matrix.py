@@ -1,0 +1,87 @@
+"""The tiny models and the settings that every promise is tested on: selection x layout x dtype x form of FFN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+
+import popmm
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model; those of pictures get one in every prompt."""
+
+    name: str
+    make: Callable
+    pictures: bool = False
+
+    def build(self, dtype: torch.dtype = torch.float32):
+        return self.make(self.name).to(dtype)
+
+    def prompt(self, model, seed: int = 0, n_tokens: int = 9) -> dict[str, torch.Tensor]:
+        """Inputs of one sequence."""
+        if not self.pictures:
+            ids = tiny.prompt(n_tokens, seed=seed)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found = tiny_vlm.inputs(model, self.name, [seed], n_text=n_tokens)
+        dtype = next(model.parameters()).dtype
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in found.items()}
+
+
+MODELS = {
+    **{name: Case(name, tiny.dense) for name in tiny.DENSE},
+    **{name: Case(name, tiny.moe) for name in tiny.MOE},
+    **{f"{name} (pictures)": Case(name, tiny_vlm.build, pictures=True) for name in tiny_vlm.VLMS},
+}
+# one of each form: plain, with biases, fused, experts, with shared ones, transposed with biases, with pictures
+FORMS = [
+    "llama",
+    "llama-bias",
+    "phi3",
+    "mixtral",
+    "qwen2-moe",
+    "gpt-oss",
+    "llava (pictures)",
+    "qwen3-vl-moe (pictures)",
+]
+
+SELECTIONS = {
+    "mask": dict(selection="mask", candidate_fraction=0.2),
+    "keep": dict(selection="keep", candidate_fraction=0.2),
+    "gate": dict(selection="gate", gate_bits=16),
+    "gate of some rows": dict(selection="gate", candidate_fraction=0.6),
+    "gate 8": dict(selection="gate", gate_bits=8),
+    "gate 4": dict(selection="gate", gate_bits=4),
+    "mask, means": dict(selection="mask", fill="mean", prefill="pruned"),
+    "gate, means": dict(selection="gate", gate_bits=16, fill="mean", prefill="pruned"),
+    "routed": dict(selection="mask", importance="routed", shared_experts="prune"),
+}
+LAYOUTS = ["copy", "permute"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def config(selection: str, **more) -> popmm.PopConfig:
+    return popmm.PopConfig(**{"ffn_ratio": 0.4, **SELECTIONS[selection], **more})
+
+
+def each_model(selections: tuple[str, ...] = ("mask", "gate 4")):
+    """Every model by some selections, and one of each form by all of them."""
+    pairs = [(m, s) for m in MODELS for s in SELECTIONS if m in FORMS or s in selections]
+    return pytest.mark.parametrize("case, selection", [pytest.param(MODELS[m], s, id=f"{m}-{s}") for m, s in pairs])
+
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+def generate(model, inputs: dict, new: int = 4, **settings):
+    """Tokens and logits of greedy decoding."""
+    how = dict(do_sample=False, output_logits=True, return_dict_in_generate=True)
+    output = model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, **how, **settings)
+    return output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits)
