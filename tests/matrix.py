@@ -70,9 +70,9 @@ def config(selection: str, **more) -> popmm.PopConfig:
     return popmm.PopConfig(**{"ffn_ratio": 0.4, **SELECTIONS[selection], **more})
 
 
-def each_model(selections: tuple[str, ...] = ("mask", "gate 4")):
-    """Every model by some selections, and one of each form by all of them."""
-    pairs = [(m, s) for m in MODELS for s in SELECTIONS if m in FORMS or s in selections]
+def each_model(others: tuple[str, ...] = ("mask",), selections: tuple[str, ...] = tuple(SELECTIONS)):
+    """One model of each form by all selections, and the others by some."""
+    pairs = [(m, s) for m in MODELS for s in (selections if m in FORMS else others)]
     return pytest.mark.parametrize("case, selection", [pytest.param(MODELS[m], s, id=f"{m}-{s}") for m, s in pairs])
 
 

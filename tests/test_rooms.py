@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import popmm
+from popmm.layouts.base import LayoutContract
 
 HOME = Path(popmm.__file__).parent
 ADAPTERS = Path(popmm.adapters.__file__).parent
@@ -85,3 +86,19 @@ def test_no_two_modules_import_each_other_by_any_way_round():
 
     for name in sorted(graph):
         walk(name, [])
+
+
+LONGEST, MOST_METHODS = 300, 15
+# what a caller of one object may ask of it all: these grow with the library's surface and hold no other work
+GREAT_CLASSES = {"PartitionState": "everything that a user can ask of an attached model, a few lines each"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_files_and_classes_stay_readable(name):
+    text = MODULES[name].read_text()
+    assert len(text.splitlines()) <= LONGEST, f"{name} is long: give what it does besides a file of its own"
+    contract = {"__init__", *(name for name in vars(LayoutContract) if not name.startswith("_"))}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef) and node.name not in GREAT_CLASSES:
+            methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)} - contract
+            assert len(methods) <= MOST_METHODS, f"{node.name} has {len(methods)} methods beside its contract's"

@@ -208,6 +208,7 @@ def test_eval_command_runs_tasks_dense_and_pruned(tasks, capsys, tmp_path, local
     assert [(row["task"], row["pruning_ratio"]) for row in rows][:2] == [("local_choice", 0.0), ("local_rolling", 0.0)]
 
 
+@pytest.mark.slow  # reads all of the harness' tasks
 def test_presets_name_tasks_that_the_harness_knows():
     manager = TaskManager()
     for preset in PRESETS.values():

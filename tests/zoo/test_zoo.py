@@ -100,6 +100,7 @@ def test_router_of_the_bundled_experts_is_balanced():
     assert (load > 0.02).all() and (load < 0.4).all()
 
 
+@pytest.mark.slow
 def test_training_script_writes_a_model_that_loads(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(f"{story} ({i})" for i in range(12) for story in STORIES))
