@@ -1,4 +1,5 @@
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -19,4 +20,5 @@ def llama():
 
 
 def pytest_configure():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     torch.set_num_threads(1)  # tiny products: threads would only wait for each other
