@@ -12,7 +12,7 @@ from typing import Literal
 DEFAULT_PRUNING_RATIO = 0.4
 
 _CHOICES = {
-    "selection": ("mask", "keep", "gate"),
+    "selection": ("mask", "keep", "gate", "tiers"),
     "fill": ("zero", "mean"),
     "prefill": ("dense", "pruned"),
     "shared_experts": ("dense", "prune"),
@@ -34,9 +34,11 @@ class PopConfig:
         candidate_fraction: gamma, the share of an FFN's channels that is re-scored at each decode step; 0.1
             unless given. With ``selection="gate"``: share of the gate rows that is read; None = chosen from the bytes.
         selection: ``"gate"``: gate rows first, then up and down rows of the K channels that they predict to
-            weigh most, which the ratio's bytes allow: ``1 - ffn_ratio`` of the FFN's; ``"mask"``: the best K of
+            weigh most, which the ratio's bytes allow: ``1 - ffn_ratio`` of the FFN's; ``"tiers"``: a copy in
+            nested planes of 4, 6 and 8 bits; the gate rows' 4 bits predict which channels to read in how many, for
+            ``1 - ffn_ratio`` of the FFN's bytes at 16 bits; ``"mask"``: the best K of
             retained and candidate channels pass (paper); ``"keep"``: all of them pass. None = gate, or mask if a
-            candidate_fraction is given, which is how the paper's method is set.
+            candidate_fraction is given, which is how the paper's method is set, or tiers with ``bytes``.
         importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);
             ``"griffin"`` ``|h_i| / ||h||``; ``"flock"`` ``|h_i| * ||W_down[:, i]|| / ||h||``; ``"routed"``
             wanda times the router's weight (experts; elsewhere wanda); or a callable
@@ -62,6 +64,10 @@ class PopConfig:
         gate_bits: with ``selection="gate"``: 16 reads the gate rows as they are; 8 or 4 a quantised copy
             made at attach, for the prediction and as the gate's value. None = 8 where that leaves K at least
             3/4 of the channels, else 4 (measured); 16 where d_model is no multiple of 16 or with a candidate_fraction.
+        bytes: share of the FFN's bytes at 16 bits that a token reads, scales included, in (0, 1], in place of a ratio:
+            with ``tiers`` and ``gate``.
+        weight_bits: with ``selection="tiers"``: every channel in so many bits (8, 6 or 4), whatever the ratio: plain
+            quantisation, which chooses nothing. None = tiers, in which the best channels are read in 8 bits.
         refresh_every: after so many decode steps one is dense: its token joins the statistics, and the
             partition is made anew. 0 = never (paper).
     """
@@ -69,7 +75,7 @@ class PopConfig:
     pruning_ratio: float | None = None
     ffn_ratio: float | None = None
     candidate_fraction: float | None = None
-    selection: Literal["mask", "keep", "gate"] | None = None
+    selection: Literal["mask", "keep", "gate", "tiers"] | None = None
     importance: str | Callable = "wanda"
     fill: Literal["zero", "mean"] = "zero"
     prefill: Literal["dense", "pruned"] = "dense"
@@ -81,12 +87,15 @@ class PopConfig:
     vision: Literal["dense", "prune"] = "dense"
     gate_bits: int | None = None
     refresh_every: int = 0
+    bytes: float | None = None
+    weight_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.pruning_ratio is not None and self.ffn_ratio is not None:
             raise ValueError(
                 f"pruning_ratio={self.pruning_ratio} and ffn_ratio={self.ffn_ratio} exclude each other: give one"
             )
+        self._check_bytes()
         if self.pruning_ratio is None and self.ffn_ratio is None:
             object.__setattr__(self, "pruning_ratio", DEFAULT_PRUNING_RATIO)
         for name in ("pruning_ratio", "ffn_ratio"):
@@ -94,12 +103,17 @@ class PopConfig:
             if value is not None and not (_is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
         if self.selection is None:
-            object.__setattr__(self, "selection", "gate" if self.candidate_fraction is None else "mask")
-        if self.candidate_fraction is None and self.selection != "gate":
+            default = "gate" if self.bytes is None else "tiers"
+            object.__setattr__(self, "selection", default if self.candidate_fraction is None else "mask")
+        if self.candidate_fraction is None and self.selection in ("mask", "keep"):
             object.__setattr__(self, "candidate_fraction", DEFAULT_CANDIDATE_FRACTION)
+        if self.selection == "tiers":
+            self._check_tiers()
         bits = self.gate_bits
         if bits is not None and (not isinstance(bits, int) or bits not in (16, 8, 4)):
             raise ValueError(f"gate_bits={bits!r}: give 16, 8 or 4, or None to have them chosen")
+        if self.weight_bits is not None and self.selection != "tiers":
+            raise ValueError(f"weight_bits={self.weight_bits} belongs to selection='tiers': leave it out")
         if bits is not None and self.selection != "gate":
             raise ValueError(f"gate_bits={bits} belongs to selection='gate': leave it out with {self.selection!r}")
         if bits in (8, 4) and self.candidate_fraction is not None:
@@ -127,6 +141,33 @@ class PopConfig:
             raise ValueError(f"refresh_every={every!r}: give a number of decode steps, or 0 for never")
         object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))
 
+    def _check_bytes(self) -> None:
+        """``bytes`` is a way to give the FFN ratio."""
+        if self.bytes is None:
+            return
+        if self.pruning_ratio is not None or self.ffn_ratio is not None:
+            raise ValueError(
+                f"bytes={self.bytes} says what a token reads, pruning_ratio={self.pruning_ratio} and ffn_ratio="
+                f"{self.ffn_ratio} what it does not: give one of them"
+            )
+        if self.selection not in (None, "gate", "tiers"):
+            raise ValueError(f"bytes={self.bytes} belongs to selection='tiers' or 'gate': give a ratio with this one")
+        if not (_is_number(self.bytes) and 0 < self.bytes <= 1):
+            raise ValueError(f"bytes={self.bytes!r}: give a share of the FFN's bytes at 16 bits, such as 0.25")
+        object.__setattr__(self, "ffn_ratio", 1 - self.bytes)
+
+    def _check_tiers(self) -> None:
+        for name, value in (("candidate_fraction", None), ("fill", "zero"), ("gate_bits", None)):
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)!r} does not go with selection='tiers': leave it out")
+        if self.weight_bits not in (None, 4, 6, 8):
+            raise ValueError(f"weight_bits={self.weight_bits!r}: give 8, 6 or 4, or None for tiers of all three")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a token's channels are predicted from its gate values and the up projection's size in the prompt."""
+        return self.selection in ("gate", "tiers")
+
     @classmethod
     def paper(cls, **changes) -> PopConfig:
         """The paper's settings (arXiv 2602.06822), with the given changes."""
@@ -134,17 +175,20 @@ class PopConfig:
         return cls(**{**settings, **changes})
 
     def replace(self, **changes) -> PopConfig:
-        """A copy with the given fields changed. Giving one ratio drops the other."""
-        if changes.get("ffn_ratio") is not None:
-            changes.setdefault("pruning_ratio", None)
-        if changes.get("pruning_ratio") is not None:
-            changes.setdefault("ffn_ratio", None)
+        """A copy with the given fields changed. Giving one of the ratios or ``bytes`` drops the others."""
+        shares = ("pruning_ratio", "ffn_ratio", "bytes")
+        given = [name for name in shares if changes.get(name) is not None]
+        if given or self.bytes is not None:  # which has set the FFN ratio
+            for name in shares:
+                kept = None if given or name == "ffn_ratio" else getattr(self, name)
+                changes.setdefault(name, kept)
         selection = changes.get("selection", self.selection)
         if selection != self.selection:  # each has its own default
             if self.candidate_fraction in (None, DEFAULT_CANDIDATE_FRACTION):
                 changes.setdefault("candidate_fraction", None)
-            if selection != "gate":
-                changes.setdefault("gate_bits", None)
+            for name, owner in (("gate_bits", "gate"), ("weight_bits", "tiers")):
+                if selection != owner:
+                    changes.setdefault(name, None)
         return dataclasses.replace(self, **changes)
 
 

@@ -144,15 +144,15 @@ def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
         left_out = [name for name in names if METHODS[name].calibrated]
         print(f"without {', '.join(left_out)}: no texts are left to calibrate on", file=sys.stderr)
         names = [name for name in names if name not in left_out]
-    rounded = [Wanted(name) for name in names if name in METHODS and METHODS[name].weight_bits is not None]
-    names = [name for name in names if Wanted(name) not in rounded]
+    fixed = [name for name in names if METHODS[name].fixed]
+    names = [name for name in names if name not in fixed]
     if args.bytes:
         wanted = [Wanted(name, bytes_share=share) for share in numbers(args.bytes) for name in names]
     elif args.ffn_ratios:
         wanted = [Wanted(name, ffn_ratio=ratio) for ratio in numbers(args.ffn_ratios) for name in names]
     else:
         wanted = [Wanted(name, pruning_ratio=ratio) for ratio in numbers(args.ratios) for name in names]
-    rows = evaluate(model, subsets, wanted + rounded, base, calibration)
+    rows = evaluate(model, subsets, wanted + [Wanted(name) for name in fixed], base, calibration)
     print(rows_to_markdown(rows, exact), f"Weights: {dtype}.")
     measured = {(row.method, row.bytes_wanted) for row in rows}
     for w in wanted:

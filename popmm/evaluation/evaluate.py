@@ -151,13 +151,16 @@ def evaluate(
                 continue
             with _attached(model, method, asked, calibration) as state:
                 scores = measured(state.simulated_decode)
-                row = _row(w.method, state.ffn_ratio, share_read(state), share_skipped(state), scores, subsets)
+                ratio = 0.0 if method.fixed else state.ffn_ratio
+                row = _row(w.method, ratio, share_read(state), share_skipped(state), scores, subsets)
             row.pruning_ratio, row.bytes_wanted = w.pruning_ratio, w.bytes_share
             rows.append(row)
     return rows
 
 
 def _ratio(model, method: Method, base: PopConfig, w: Wanted) -> dict[str, float | None]:
+    if method.fixed:
+        return {"ffn_ratio": 0.5}  # whatever
     if w.bytes_share is not None:
         return {"ffn_ratio": fit(model, method, base, w.bytes_share)}
     return {"ffn_ratio": w.ffn_ratio} if w.ffn_ratio is not None else {"pruning_ratio": w.pruning_ratio}

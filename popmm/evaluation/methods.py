@@ -14,11 +14,13 @@ from popmm.adapters import describe
 from popmm.budget import ratio_of
 from popmm.config import PopConfig
 from popmm.evaluation import baselines
-from popmm.kernels.twin import dequantise, quantise
-from popmm.layouts.gate import GROUP
+from popmm.kernels.planes import rounded
+from popmm.kernels.twin import GROUP
 from popmm.layouts.traffic import SizesRule, bytes_read, sizes_for, with_bits
 from popmm.method.budget import region_sizes
 from popmm.state import PartitionState
+
+PLAIN = 2  # bytes of a weight in 16 bits, of which shares are told whatever the model's dtype
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Method:
     calibrated: bool = False
     experts_only: bool = False
     weight_bits: int | None = None  # no pruning: all FFN weights rounded to so many bits
+    fixed: bool = False  # reads the same at any ratio, and so is one row
+
+
+def _in_planes(bits: int) -> Callable[[PopConfig], PopConfig]:
+    return lambda c: c.replace(selection="tiers", candidate_fraction=None, weight_bits=bits)
 
 
 METHODS: dict[str, Method] = {
@@ -69,8 +76,9 @@ METHODS: dict[str, Method] = {
     "mask, prior for unseen experts only": Method(
         lambda c: c.replace(selection="mask", prior_tokens=0.0), experts_only=True
     ),
-    "weights at int8": Method(weight_bits=8),
-    "weights at int4": Method(weight_bits=4),
+    "tiers": Method(lambda c: c.replace(selection="tiers", candidate_fraction=None)),
+    **{f"all channels at {bits} of the planes' bits": Method(_in_planes(bits), fixed=True) for bits in (8, 6, 4)},
+    **{f"weights at int{bits}": Method(weight_bits=bits, fixed=True) for bits in (8, 6, 5, 4, 3)},
 }
 
 
@@ -87,7 +95,7 @@ def check_known(names: list[str]) -> None:
 
 
 def fit(model, method: Method, base: PopConfig, share: float) -> float | None:
-    """FFN ratio at which a method reads ``share`` of the FFNs' bytes per token.
+    """FFN ratio at which a method reads ``share`` of the bytes that the FFNs have in 16 bits.
 
     Returns:
         None if the method cannot read so little; the least ratio there is if it never reads so much.
@@ -99,10 +107,11 @@ def fit(model, method: Method, base: PopConfig, share: float) -> float | None:
         ratio_of(description, config)
         pruned = dense = 0.0
         for site in {site.name: site for site in description.sites()}.values():
-            dense += site.active_bytes()
+            everything = site.active_weights() * PLAIN
             left = site.layer in config.skip_layers or (site.shared and config.shared_experts == "dense")
-            own = site.active_bytes()
-            pruned += own if left else bytes_read(site, sizes_for(site, ratio, config, method.sizes), config)
+            sizes = sizes_for(site, ratio, config, method.sizes)
+            pruned += everything if left else bytes_read(site, sizes, config, plain=PLAIN)
+            dense += everything
         return pruned / dense
 
     def reads_more(ratio: float) -> bool:
@@ -125,13 +134,16 @@ def fit(model, method: Method, base: PopConfig, share: float) -> float | None:
 
 
 def share_read(state: PartitionState) -> float:
-    """Share of the FFNs' bytes that a token read; of thresholds, by what passed."""
-    pruned, dense = state.bytes_per_token()
+    """Share of the FFNs' bytes at 16 bits that a token read; of thresholds, by what passed."""
+    dense = sum(site.active_weights() * PLAIN for site in state._left_dense)
+    pruned = float(dense)
     for ffn in state._ffns:
-        if isinstance(ffn.choose, baselines.Threshold) and ffn.choose.tokens:
-            passing = ffn.choose.passed / ffn.choose.tokens
-            pruned += bytes_read(ffn.site, ffn.sizes, ffn.config, passing) - ffn.bytes_per_token()[0]
-    return pruned / dense
+        counts = isinstance(ffn.choose, baselines.Threshold) and ffn.choose.tokens
+        passing = ffn.choose.passed / ffn.choose.tokens if counts else None
+        pruned += bytes_read(ffn.site, ffn.sizes, ffn.config, passing, plain=PLAIN)
+        dense += ffn.site.active_weights() * PLAIN
+    every = state.config.refresh_every
+    return (every * pruned / dense + 1) / (every + 1) if every else pruned / dense
 
 
 @contextmanager
@@ -149,7 +161,7 @@ def quantised_ffns(model, bits: int) -> Iterator[float]:
         for w in weights:
             w.detach().copy_(_rounded(w.detach(), bits))
             left += w.numel() * bits / 8 + w.numel() / w.shape[-1] * -(-w.shape[-1] // GROUP) * 2
-        yield left / sum(w.numel() * w.element_size() for w in weights)
+        yield left / sum(w.numel() * PLAIN for w in weights)
     finally:
         for w, before in zip(weights, kept):
             w.detach().copy_(before)
@@ -158,4 +170,4 @@ def quantised_ffns(model, bits: int) -> Iterator[float]:
 def _rounded(w: Tensor, bits: int) -> Tensor:
     d = w.shape[-1]
     rows = F.pad(w.float().reshape(-1, d), (0, -d % GROUP))
-    return dequantise(*quantise(rows, bits, GROUP), bits, GROUP)[:, :d].reshape(w.shape).to(w.dtype)
+    return rounded(rows, bits, GROUP)[:, :d].reshape(w.shape).to(w.dtype)

@@ -11,7 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from popmm.kernels import native, twin
+from popmm.kernels import native, planes, twin
+from popmm.kernels.planes import Planes
 
 
 def _room(rows: Tensor) -> ModuleType:
@@ -127,3 +128,19 @@ def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int
 def choose(score: Tensor, k: int) -> Tensor:
     """Places of the k highest scores of each row ``[n, u]``, int64 ``[n, k]``; on the CPU rising, ties to the lower."""
     return (_ops["_choose"] if torch.compiler.is_compiling() else _choose)(score, k)
+
+
+def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
+    """``out[n, k] = rows[index[n, k]] . x[n]``, float32 ``[n, k]``, rows read in ``bits`` bits (4, 6 or 8).
+
+    Args:
+        rows: nested planes of ``[n_rows, d]``.
+        index: int64 ``[n, k]``.
+        x: float32 ``[n, d]``.
+    """
+    return planes.dot(rows, bits, index, x)
+
+
+def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
+    """``out[n] = sum over k of h[n, k] * rows[index[n, k]]``, float32 ``[n, d]``, rows read in ``bits`` bits."""
+    return planes.add(rows, bits, index, h)

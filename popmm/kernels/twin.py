@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,14 @@ def choose(score: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=-1)[0]
 
 
+GROUP = 64  # weights of a row that share a scale, along d_model
+
+
+def group_of(d_model: int) -> int:
+    """Group size of quantised rows: 64, or what of it divides ``d_model``."""
+    return math.gcd(GROUP, d_model)
+
+
 # scales that are tried, of a group's weight of largest magnitude: it becomes -8, is clipped to -8, or becomes 7
 SCALES_4_BIT = (-1 / 8, -0.92 / 8, 1 / 7)
 ROWS_AT_ONCE = 1 << 22  # weights quantised together, which bounds the memory that this takes
@@ -65,13 +75,13 @@ def _quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     parts = rows.float().view(n, d // group, group)
     highest = 2 ** (bits - 1) - 1
     if bits == 8:
-        scale = _as_half(parts.abs().amax(-1) / highest)
+        scale = as_half(parts.abs().amax(-1) / highest)
         return _codes(parts, scale, bits).to(torch.int8).view(n, d), scale
     # codes reach from -8 to 7, so the sign of the scale decides which side has the further one
     extreme = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
     scale, least = None, None
     for factor in SCALES_4_BIT:
-        own = _as_half(factor * extreme)
+        own = as_half(factor * extreme)
         error = (_codes(parts, own, bits) * own.float().unsqueeze(-1) - parts).square().sum(-1)
         better = None if scale is None else error < least
         scale = own if scale is None else torch.where(better, own, scale)
@@ -80,7 +90,7 @@ def _quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return (low | (high << 4)).reshape(n, d // 2), scale
 
 
-def _as_half(scale: Tensor) -> Tensor:
+def as_half(scale: Tensor) -> Tensor:
     """float16, away from zero and from infinity."""
     size = scale.abs().clamp(6e-8, 65504.0).half()
     return torch.where(scale < 0, -size, size)

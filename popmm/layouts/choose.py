@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from popmm.layouts.copy import CopyLayout
 from popmm.layouts.gate import GateLayout
 from popmm.layouts.permute import PermuteLayout
+from popmm.layouts.tiers import TiersLayout
 from popmm.method.budget import RegionSizes
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from popmm.config import PopConfig
 
 logger = logging.getLogger("popmm")
-Layout = CopyLayout | PermuteLayout | GateLayout
+Layout = CopyLayout | PermuteLayout | GateLayout | TiersLayout
 
 
 def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place: str) -> Layout:
@@ -32,6 +33,8 @@ def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place
     """
     fill_mean = config.fill == "mean"
     weight = site.weights().down
+    if config.selection == "tiers":
+        return TiersLayout(sizes, site.name)
     if config.layout == "permute" and in_place:
         raise ValueError(f"layout='permute': {site.name} {in_place}; give layout='copy' or 'auto'")
     # on the CPU products read column slices at less bandwidth, 16-bit ones at half

@@ -7,7 +7,6 @@ buys. With ``gate_bits`` 8 or 4 a quantised copy of the gate rows gives ``g_i``,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from popmm import kernels
 from popmm.kernels.precision import without_autocast
-from popmm.kernels.twin import quantise
+from popmm.kernels.twin import group_of, quantise
 from popmm.layouts.base import fix_addresses
 from popmm.layouts.turned import Turned
 from popmm.method.budget import RegionSizes
@@ -25,13 +24,6 @@ from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, gather, identities
 from popmm.method.fingerprint import fingerprint, same
 from popmm.method.partition import FFNPartition
-
-GROUP = 64  # gate weights that share a scale, along d_model
-
-
-def gate_group(d_model: int) -> int:
-    """Group size of the quantised gate rows."""
-    return math.gcd(GROUP, d_model)
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ class GateLayout:
                         f"{self.site} holds gate weights that are no finite numbers, which cannot be quantised: "
                         "mend the checkpoint, or give gate_bits=16"
                     )
-                self.gate = quantise(flat, self.bits, gate_group(d_model))
+                self.gate = quantise(flat, self.bits, group_of(d_model))
                 self._buffers += self.gate
             elif self.all_channels:
                 self.gate = source.gate.detach()
@@ -170,7 +162,7 @@ class GateLayout:
         bias = self.gate_bias if self.gate_bias is None or experts is None else self.gate_bias[experts]
         if self.bits < 16:
             block = torch.zeros(len(x), dtype=torch.int64, device=x.device) if experts is None else experts
-            d_ff, group = self.sizes.d_ff, gate_group(x.shape[1])
+            d_ff, group = self.sizes.d_ff, group_of(x.shape[1])
             g = kernels.quantised_dot(*self.gate, x, self.bits, group, block, d_ff)
         elif experts is None:
             g = F.linear(x, self.gate)
@@ -272,7 +264,7 @@ def gate_row_bytes(source: FFNWeights, bits: int) -> float:
     d_model = source.d_model
     if bits == 16:
         return d_model * source.gate.element_size()
-    return d_model * bits / 8 + d_model / gate_group(d_model) * 2
+    return d_model * bits / 8 + d_model / group_of(d_model) * 2
 
 
 def _pick(values: Tensor, index: Tensor, experts: Tensor | None) -> Tensor:

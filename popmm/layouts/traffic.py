@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from popmm.adapters import FFNSite
 from popmm.config import PopConfig
-from popmm.layouts.gate import gate_group, gate_row_bytes
+from popmm.kernels.twin import group_of
+from popmm.layouts.gate import gate_row_bytes
 from popmm.method.budget import RegionSizes, gate_sizes, region_sizes
+from popmm.method.tiers import TierSizes, bits_read, tier_sizes
 
 BEST_OF_EIGHT = 0.75  # K / d_ff from which 8 bits serve better than 4 (measured on four models, docs/quality.md)
 
@@ -18,7 +20,7 @@ def with_bits(config: PopConfig, sites: list[FFNSite], ratio: float) -> PopConfi
     """A config whose ``gate_bits`` are settled, the same for all FFNs."""
     if config.selection != "gate" or config.gate_bits is not None:
         return config
-    quantisable = all(gate_group(site.weights().d_model) >= 16 for site in sites)
+    quantisable = all(group_of(site.weights().d_model) >= 16 for site in sites)
     if not quantisable or config.candidate_fraction is not None:
         return config.replace(gate_bits=16)
     weights = sites[0].weights()
@@ -28,36 +30,46 @@ def with_bits(config: PopConfig, sites: list[FFNSite], ratio: float) -> PopConfi
 
 
 def sizes_for(site: FFNSite, ratio: float, config: PopConfig, rule: SizesRule = region_sizes) -> RegionSizes:
-    """Sizes of a site's regions at an FFN ratio; ``gate`` has its own rule, by bytes."""
+    """Sizes of a site's regions at an FFN ratio; ``gate`` and ``tiers`` have their own rules, by bytes."""
     weights = site.weights()
-    if config.selection != "gate":
+    if config.selection not in ("gate", "tiers"):
         return rule(weights.d_ff, ratio, config.candidate_fraction)
-    full = weights.gate.element_size() * weights.d_model
-    if config.gate_bits < 16 and gate_group(weights.d_model) < 16:
+    group = group_of(weights.d_model)
+    if group < 16 and (config.selection == "tiers" or config.gate_bits < 16):
+        what = "selection='tiers'" if config.selection == "tiers" else f"gate_bits={config.gate_bits}"
         raise ValueError(
-            f"gate_bits={config.gate_bits} quantises groups of 16 weights or more, and {site.name} has d_model="
-            f"{weights.d_model}, which 16 does not divide: give gate_bits=16"
+            f"{what} quantises groups of 16 weights or more, and {site.name} has d_model={weights.d_model}, which 16 "
+            "does not divide: give selection='gate' with gate_bits=16"
         )
-    cost = gate_row_bytes(weights, config.gate_bits) / full
+    if config.selection == "tiers":
+        return tier_sizes(weights.d_ff, 1 - ratio, group, config.weight_bits)
+    cost = gate_row_bytes(weights, config.gate_bits) / (weights.gate.element_size() * weights.d_model)
     return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost)
 
 
-def bytes_read(site: FFNSite, sizes: RegionSizes, config: PopConfig, passing: float | None = None) -> float:
+def bytes_read(
+    site: FFNSite, sizes: RegionSizes, config: PopConfig, passing: float | None = None, plain: int | None = None
+) -> float:
     """FFN weight bytes that one decoded token reads of a site.
 
     The mask selection needs the down columns of the K channels that pass only: ``(2 (|R| + |C|) + K) / 3``
-    channels; gate the gate rows of |R| + |C|, up and down of K.
+    channels; gate the gate rows of |R| + |C|, up and down of K; tiers what ``popmm.method.tiers`` says.
 
     Args:
         passing: channels that pass on average, in place of K.
+        plain: bytes of a weight that is read as it came; None = of the model's dtype.
     """
     weights, k = site.weights(), sizes.budget if passing is None else passing
-    if config.selection == "gate" and not sizes.is_dense:
-        gates = sizes.read * gate_row_bytes(weights, config.gate_bits)
-        rest = k * weights.bytes_per_channel() * 2 / 3
-        return (gates + rest) * site.active_channels() / sizes.d_ff
-    channels = (2 * sizes.read + k) / 3 if config.selection == "mask" else sizes.read
-    return channels * (site.active_bytes() // sizes.d_ff)
+    row = weights.d_model * (plain or weights.gate.element_size())
+    shares = site.active_channels() / sizes.d_ff  # FFNs of this size that a token is sent to
+    if sizes.is_dense:
+        return shares * sizes.d_ff * 3 * row
+    if isinstance(sizes, TierSizes):
+        return shares * sizes.d_ff * bits_read(sizes, group_of(weights.d_model)) / 8 * weights.d_model
+    if config.selection == "gate":
+        own = row if config.gate_bits == 16 else gate_row_bytes(weights, config.gate_bits)
+        return shares * (sizes.read * own + k * 2 * row)
+    return shares * (2 * sizes.read + (k if config.selection == "mask" else sizes.read)) * row
 
 
 def channels_computed(site: FFNSite, sizes: RegionSizes, config: PopConfig, passing: float | None = None) -> float:

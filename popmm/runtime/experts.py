@@ -56,8 +56,8 @@ class PrunedExperts(PrunedSite):
             The output ``[n_tokens, d_model]``, and which channels in reading order passed, bool
             ``[n_tokens * k, |R| + |C|]``; None if all did.
         """
-        if self.config.selection == "gate":
-            return self._decode_gate(x, index, weight)
+        if self.config.predicts:
+            return self._decode_predicted(x, index, weight)
         w, layout, sizes = self.layout.weights, self.layout, self.sizes
         experts = index.flatten()
         h, passing = self._hidden(x, index, w), None
@@ -100,7 +100,7 @@ class PrunedExperts(PrunedSite):
         h = observe(*self._hidden_and_up(x, index, w), _natural(index.flatten()))
         return _down(h, w, index, weight, x) if pruning else self.dense_forward(x, index, weight)
 
-    def _decode_gate(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _decode_predicted(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         experts, combine = index.flatten(), self.site.combine
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
         if self.gathers(len(x)):

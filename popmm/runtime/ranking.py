@@ -35,7 +35,7 @@ class Ranking:
     @property
     def wants_up(self) -> bool:
         """Whether the prompt pass must measure the up projection too."""
-        return self.config.selection == "gate" and not self.sizes.is_dense
+        return self.config.predicts and not self.sizes.is_dense
 
     def measured(self, h: Tensor, **how) -> ChannelStatistics:
         """``measure`` of h as it lies."""

@@ -75,7 +75,7 @@ class PrunedSite:
         return none.scatter_(1, index, True)
 
     def gathers(self, n_tokens: int) -> bool:
-        """Whether ``gate`` reads each token's own rows: in small batches, where that is less than all of U."""
+        """Whether ``gate`` and ``tiers`` read each token's own rows: in small batches, where that is less than all."""
         return not self.phase.simulating and n_tokens * self.sizes.budget <= self.sizes.read
 
     def layout_order(self) -> Tensor:
@@ -163,7 +163,7 @@ class PrunedFFN(PrunedSite):
         if self._x is not None:
             self._up = output.detach()
 
-    def _decode_gate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _decode_predicted(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         rows, layout, combine = x.flatten(0, -2), self.layout, self.site.combine
         if self.gathers(len(rows)):
             y, index = layout.decode(rows, combine)
@@ -171,7 +171,7 @@ class PrunedFFN(PrunedSite):
         else:
             choose = self.choose if self.phase.simulating else None
             y, passing = layout.decode_all(rows, combine, self.site.weights(), choose)
-        return y.view(x.shape).to(output_dtype(layout.down.rows)), passing
+        return y.view(x.shape).to(output_dtype(self.site.weights().down)), passing
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pruned FFN of tokens x ``[..., d_model]``.
@@ -180,8 +180,8 @@ class PrunedFFN(PrunedSite):
             The output ``[..., d_model]``, and which of the channels in reading order passed, bool
             ``[..., |R| + |C|]``; None if all did.
         """
-        if self.config.selection == "gate":
-            return self._decode_gate(x)
+        if self.config.predicts:
+            return self._decode_predicted(x)
         layout, sizes = self.layout, self.sizes
         h, passing = arithmetic.hidden(x, layout.padded, self.site.combine)[..., : sizes.read], None
         if self.config.selection == "mask":

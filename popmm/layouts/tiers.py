@@ -1,0 +1,160 @@
+"""Tiers: gate, up and down by channel in nested planes, of which a token reads the more, the more a channel weighs.
+
+A channel's weight is predicted as with ``gate``, ``|combine(g_i, rms_i)| * ||W_down[:, i]||``, from the first plane of
+all gate rows. ``popmm.method.tiers`` says how many channels are then read in how many bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from popmm import kernels
+from popmm.kernels import planes
+from popmm.kernels.planes import Planes
+from popmm.kernels.precision import without_autocast
+from popmm.layouts.base import fix_addresses
+from popmm.method.expert_linear import expert_linear
+from popmm.method.ffn import Combine, FFNWeights, down_norm, identities
+from popmm.method.fingerprint import fingerprint, same
+from popmm.method.partition import FFNPartition
+from popmm.method.tiers import BASE_BITS, TierSizes, assign
+
+
+class TiersLayout:
+    """A copy of an FFN, or of a stack of experts, in nested planes: 8.25 bits a weight beside the model's own."""
+
+    name = "planes"
+    reorders = False
+
+    def __init__(self, sizes: TierSizes, site: str) -> None:
+        self.site, self.sizes = site, sizes
+        self.norms: Tensor | None = None  # float32 [(E,) d_ff]
+        self.marks: list[Tensor] = []
+        self.gate = self.up = self.down = None  # Planes of rows [(E *) d_ff, d_model]
+        self._source: tuple | None = None
+
+    def allocate(self, source: FFNWeights) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.norms, self.marks = down_norm(source.down), fingerprint(source)
+            if not self.sizes.is_dense:
+                for part, rows in (("gate", source.gate), ("up", source.up), ("down", source.down.mT)):
+                    setattr(self, part, self._encoded(part, rows))
+                self.rms = torch.zeros_like(self.norms)
+                self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
+                self.order = torch.arange(source.d_ff, device=self.norms.device).expand(self.norms.shape)
+                fix_addresses(self)
+            self._source = identities(source)
+
+    def _encoded(self, part: str, rows: Tensor) -> Planes:
+        """Of experts one after the other, for their float32 copies are large."""
+        stack = rows.detach() if rows.ndim == 3 else rows.detach().unsqueeze(0)
+        if not all(torch.isfinite(own).all() for own in stack):
+            raise ValueError(
+                f"{self.site} holds {part} weights that are no finite numbers, which cannot be quantised: mend the "
+                "checkpoint, or give selection='gate' with gate_bits=16"
+            )
+        return Planes(*map(torch.cat, zip(*map(planes.encode, stack))))
+
+    def fits(self, source: FFNWeights) -> bool:
+        return self._source == identities(source) and same(self.marks, fingerprint(source))
+
+    def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor) -> None:
+        """Sets what the prediction needs of a prompt: the up projection's root mean square, float32 ``[(E,) d_ff]``."""
+        self.rms.copy_(rms)
+
+    def rewind(self) -> None:
+        """Nothing: channels stay where they are."""
+
+    @property
+    def reading_order(self) -> Tensor:
+        return self.order
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        return values
+
+    def positions(self, channels: Tensor) -> Tensor:
+        return channels
+
+    def decode(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """FFN of rows x ``[n, d_model]``, each by its own choice of channels.
+
+        Returns:
+            y ``[n, d_model]`` in float32, of experts before they are mixed; channels read, int64 ``[n, K]``.
+        """
+        with without_autocast(x.device):
+            x, first = x.float(), self._first(x, experts)
+            g = kernels.planes_dot(self.gate, BASE_BITS, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
+            g = _with(g, self.gate_bias, experts)
+            places = assign(self._score(g, combine, experts), self.sizes.tiers)
+            y = x.new_zeros(x.shape)
+            for (bits, _), index in zip(self.sizes.tiers, places):
+                rows = first + index
+                own = g.gather(1, index)
+                if bits > BASE_BITS:
+                    own = _with(kernels.planes_dot(self.gate, bits, rows, x), self.gate_bias, experts, index)
+                u = _with(kernels.planes_dot(self.up, bits, rows, x), self.up_bias, experts, index)
+                y = y + kernels.planes_add(self.down, bits, rows, combine(own, u))
+            return _with(y, self.down_bias, experts), torch.cat(places, dim=1)
+
+    def decode_all(
+        self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for many rows at once, each plane read once: channels a token does not read are masked.
+
+        Returns:
+            y as in ``decode``; channels that were read, bool ``[n, d_ff]``.
+        """
+        with without_autocast(x.device):
+            x = x.float()
+            g = _with(self._product(self.gate, BASE_BITS, x, experts), self.gate_bias, experts)
+            places = assign(self._score(g, combine, experts), self.sizes.tiers)
+            read, y = torch.zeros_like(g, dtype=torch.bool), x.new_zeros(x.shape)
+            for (bits, _), index in zip(self.sizes.tiers, places):
+                own = g
+                if bits > BASE_BITS:
+                    own = _with(self._product(self.gate, bits, x, experts), self.gate_bias, experts)
+                u = _with(self._product(self.up, bits, x, experts), self.up_bias, experts)
+                mine = torch.zeros_like(read).scatter_(1, index, True)
+                h = combine(own, u).masked_fill(~mine, 0.0)
+                y = y + self._product(self.down, bits, h, experts, transposed=True)
+                read |= mine
+            return _with(y, self.down_bias, experts), read
+
+    def _product(self, part: Planes, bits: int, x: Tensor, experts: Tensor | None, transposed=False) -> Tensor:
+        rows = planes.decode(part, bits)
+        if experts is None:
+            return F.linear(x, rows.mT if transposed else rows)
+        stack = rows.view(-1, self.sizes.d_ff, rows.shape[1])
+        return expert_linear(x, stack.mT if transposed else stack, experts)
+
+    def _first(self, x: Tensor, experts: Tensor | None) -> Tensor:
+        """Row of each x's first channel, int64 ``[n, 1]``."""
+        if experts is None:
+            return torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        return (experts * self.sizes.d_ff).unsqueeze(-1)
+
+    def _score(self, g: Tensor, combine: Combine, experts: Tensor | None) -> Tensor:
+        rms, norms = (self.rms, self.norms) if experts is None else (self.rms[experts], self.norms[experts])
+        return combine(g, rms.expand(g.shape)).abs() * norms
+
+    def release(self) -> None:
+        """Drops the planes. May be called again."""
+        self.gate = self.up = self.down = self._source = None
+
+    def bytes(self) -> int:
+        held = [t for part in (self.gate, self.up, self.down) if part is not None for t in part]
+        held += [*([self.norms] if self.norms is not None else []), *self.marks]
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+def _with(values: Tensor, bias: Tensor | None, experts: Tensor | None, index: Tensor | None = None) -> Tensor:
+    """Values ``[n, m]`` with the bias of their channels, of all or those at ``index``."""
+    if bias is None:
+        return values
+    own = bias.detach() if experts is None else bias.detach()[experts]
+    own = own.expand(len(values), -1)
+    return values + (own if index is None else own.gather(1, index))
