@@ -6,6 +6,7 @@ Each operation has a torch twin (``twin``), a C kernel on the CPU (``native``) a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -138,9 +139,42 @@ def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
         index: int64 ``[n, k]``.
         x: float32 ``[n, d]``.
     """
-    return planes.dot(rows, bits, index, x)
+    return (native.planes_dot if native.serves_planes(rows) else planes.dot)(rows, bits, index, x)
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     """``out[n] = sum over k of h[n, k] * rows[index[n, k]]``, float32 ``[n, d]``, rows read in ``bits`` bits."""
-    return planes.add(rows, bits, index, h)
+    return (native.planes_add if native.serves_planes(rows) else planes.add)(rows, bits, index, h)
+
+
+def tiers_ffn(
+    parts: Sequence[Planes],
+    d_ff: int,
+    rms: Tensor,
+    norms: Tensor,
+    biases: Sequence[Tensor | None],
+    activation: str,
+    tiers: Sequence[tuple[int, int]],
+    first: Tensor,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """FFNs in tiers at one call, on the CPU with the C kernels (``serves_tiers``).
+
+    Args:
+        parts: nested planes of gate, up and down, rows ``[n_ffns * d_ff, d_model]``.
+        rms, norms: of all rows, float32: what predicts a channel's weight beside its gate.
+        biases: of gate and up, of all rows, or None.
+        activation: one of ``native.ACTIVATIONS``.
+        tiers: (bits, channels), the best first.
+        first: row of each x's first channel, int64 ``[n]``.
+        x: float32 ``[n, d_model]``.
+
+    Returns:
+        y, float32 ``[n, d_model]``, without down's bias; channels read, int64 ``[n, K]``.
+    """
+    return native.tiers_ffn(parts, d_ff, rms, norms, biases, activation, tiers, first, x)
+
+
+def serves_tiers(rows: Planes, activation: str | None) -> bool:
+    """Whether ``tiers_ffn`` serves an FFN of these planes."""
+    return activation in native.ACTIVATIONS and native.serves_planes(rows)

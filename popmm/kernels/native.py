@@ -1,4 +1,4 @@
-"""The C kernels of ``rows.c``, compiled on first use; without a compiler the torch twins serve."""
+"""The C kernels of ``rows.c`` and ``planes.c``, compiled on first use; without a compiler the torch twins serve."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from popmm.kernels.planes import Planes
+
 logger = logging.getLogger("popmm")
 
-_SOURCE = Path(__file__).with_name("rows.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "planes.c")]
+_READ = [*_SOURCES, Path(__file__).with_name("common.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = {8: torch.int8, 4: torch.uint8}
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
+OUT_OF_MEMORY = 2**63 - 1
 PARTS = 16  # partial sums of gather_sum, whatever the number of threads
 
 # arguments of each function of rows.c: an address, a size (int64) or an int
@@ -33,6 +38,9 @@ _ARGUMENTS = {
     "block_dot": "aisssssasaai",
     "quantised_dot": "aaissssaasai",
     "choose": "asssaa",
+    "planes_dot": "aaaasssiassaai",
+    "planes_add": "aaaasssiassaai",
+    "tiers_ffn": "aaassssaaaaisaaasaaai",
 }
 
 
@@ -42,15 +50,15 @@ def library() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if os.environ.get("POPMM_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
         return None
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:16]
+    text = b"".join(file.read_bytes() for file in _READ) + " ".join([compiler, *_FLAGS, _processor()]).encode()
+    key = hashlib.sha256(text).hexdigest()[:16]
     try:
         file = _cache_folder() / f"rows-{key}.so"
         if not file.exists():
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
                 built = Path(folder) / "rows.so"
-                subprocess.run(
-                    [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)], check=True, capture_output=True, timeout=120
-                )
+                command = [compiler, *_FLAGS, "-o", str(built), *map(str, _SOURCES)]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, file)  # another process may have been first
         return _declared(ctypes.CDLL(str(file)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -125,6 +133,83 @@ def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int
     return out
 
 
+def serves_planes(rows: Planes) -> bool:
+    """Whether the C kernels read these planes."""
+    return rows.scale.is_cpu and library() is not None
+
+
+def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
+    planes, n_rows, d = _planes(rows, bits)
+    index = _index(index, "index", 2)
+    n, k = index.shape
+    x = _floats(x, "x", (n, d))
+    out = torch.empty(n, k, dtype=torch.float32, device="cpu")
+    _run("planes_dot", index, n_rows, *planes, _p(index), n, k, _p(x), _p(out))
+    return out
+
+
+def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
+    planes, n_rows, d = _planes(rows, bits)
+    index = _index(index, "index", 2)
+    n, k = index.shape
+    h = _floats(h, "h", (n, k))
+    out = torch.empty(n, d, dtype=torch.float32, device="cpu")
+    _run("planes_add", index, n_rows, *planes, _p(index), n, k, _p(h), _p(out))
+    return out
+
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")  # in the order of planes.c
+
+
+def tiers_ffn(
+    parts: Sequence[Planes],
+    d_ff: int,
+    rms: Tensor,
+    norms: Tensor,
+    biases: Sequence[Tensor | None],
+    activation: str,
+    tiers: Sequence[tuple[int, int]],
+    first: Tensor,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``popmm.kernels.tiers_ffn``."""
+    found = [_planes(rows, 8) for rows in parts]
+    (_, n_rows, d), (n, _) = found[0], x.shape
+    group = parts[0].group
+    if any(sizes[1:] != (n_rows, d) or rows.group != group for sizes, rows in zip(found, parts)) or n_rows % d_ff:
+        raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in parts]} are no FFNs of d_ff={d_ff}")
+    bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
+    if not tiers or any(b not in (4, 6, 8) for b in bits) or min(counts) < 0 or not 0 < sum(counts) <= d_ff:
+        raise ValueError(f"tiers {tuple(tiers)} of {d_ff} channels: give (8, 6 or 4 bits, channels)")
+    first, x = _index(first, "first", 1), _floats(x, "x", (len(first), d))
+    rms, norms = _floats(rms.flatten(), "rms", (n_rows,)), _floats(norms.flatten(), "norms", (n_rows,))
+    biases = [None if bias is None else _floats(bias.flatten(), "bias", (n_rows,)) for bias in biases]
+    y = torch.empty(n, d, dtype=torch.float32, device="cpu")
+    index = torch.empty(n, sum(counts), dtype=torch.int64, device="cpu")
+    addresses = [(ctypes.c_void_p * 4)(*map(_p, rows)) for rows in parts]
+    numbers = [(ctypes.c_int64 * len(tiers))(*own) for own in (bits, counts)]
+    own = [None if bias is None else _p(bias) for bias in biases]
+    sizes = n_rows, d, group, d_ff
+    how = ACTIVATIONS.index(activation), len(tiers), *numbers
+    _run(
+        "tiers_ffn",
+        first,
+        n_rows - d_ff + 1,
+        *addresses,
+        *sizes,
+        _p(rms),
+        _p(norms),
+        *own,
+        *how,
+        _p(first),
+        n,
+        _p(x),
+        _p(y),
+        _p(index),
+    )
+    return y, index
+
+
 def choose(score: Tensor, k: int) -> Tensor:
     if score.ndim != 2 or not 0 <= k <= score.shape[1]:
         raise ValueError(f"the k={k} highest of scores of shape {tuple(score.shape)}: give [n, u] scores, k at most u")
@@ -139,6 +224,8 @@ def choose(score: Tensor, k: int) -> Tensor:
 
 def _run(name: str, index: Tensor, end: int, *arguments: int) -> None:
     outside = getattr(library(), name)(*arguments, torch.get_num_threads())
+    if outside == OUT_OF_MEMORY:
+        raise MemoryError(f"{name}: there is no memory for a vector of the model")
     if outside >= 0:
         raise ValueError(f"{name} was given the index {int(index.flatten()[outside])}: there are rows 0 to {end - 1}")
 
@@ -154,6 +241,23 @@ def _rows(rows: Tensor, name: str, ndim: int) -> tuple[int, int]:
             "each, where a compiler has built them"
         )
     return _p(rows), _KINDS[rows.dtype]
+
+
+def _planes(rows: Planes, bits: int) -> tuple[tuple[int, ...], int, int]:
+    """Addresses and sizes of nested planes, their number of rows and d."""
+    n_rows, half = rows.base.shape
+    d, group = 2 * half, rows.group
+    shapes = [(n_rows, d // 2), (n_rows, d // 4), (n_rows, d // 4), (n_rows, d // group)]
+    kinds = [torch.uint8] * 3 + [torch.float16]
+    right = all(
+        t.shape == s and t.dtype is k and t.is_contiguous() and t.is_cpu for t, s, k in zip(rows, shapes, kinds)
+    )
+    if not right or bits not in (4, 6, 8) or group % 4 or d % group:
+        raise TypeError(
+            f"planes of {', '.join(map(_kind, rows))} at bits={bits}: give what planes.encode makes on the CPU, 4, 6 "
+            "or 8 bits"
+        )
+    return (*map(_p, rows), n_rows, d, group, bits), n_rows, d
 
 
 def _index(index: Tensor, name: str, ndim: int) -> Tensor:

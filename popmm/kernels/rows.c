@@ -6,8 +6,7 @@
  *
  * Whoever takes an index returns -1, or the place of the first one that names no row; then nothing is written.
  */
-#include <stdint.h>
-#include <string.h>
+#include "common.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -38,14 +37,6 @@ static inline float across(lanes a) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += a[lane];
     return sum;
-}
-
-static int64_t first_outside(const int64_t *index, int64_t n, int64_t end) {
-    int64_t outside = 0;
-    for (int64_t i = 0; i < n; i++) outside |= (uint64_t)index[i] >= (uint64_t)end;
-    for (int64_t i = 0; outside && i < n; i++)
-        if ((uint64_t)index[i] >= (uint64_t)end) return i;
-    return -1;
 }
 
 /* Rows are read AT_ONCE together, so that x (or y) is loaded once for all of them, while the lines of the rows
@@ -197,15 +188,6 @@ static inline ints widened(const uint8_t *c) {
 #else
     return __builtin_convertvector(*(const bytes16 *)c, ints);
 #endif
-}
-
-/* float16, finite; by no denormal float, which a process may have set to count as zero */
-static inline float from_half(uint16_t h) {
-    const uint32_t size = h & 0x7fff, bits = (size << 13) + (112u << 23);
-    float f;
-    memcpy(&f, &bits, 4);
-    f = size < 0x400 ? (float)(int32_t)size * 0x1p-24f : f;
-    return h & 0x8000 ? -f : f;
 }
 
 /* codes of AT_ONCE rows, `bytes` apart, times x; groups of a multiple of 32 */

@@ -17,6 +17,7 @@ from popmm.kernels import planes
 from popmm.kernels.planes import Planes
 from popmm.kernels.precision import without_autocast
 from popmm.layouts.base import fix_addresses
+from popmm.method.activations import recognised
 from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, identities
 from popmm.method.fingerprint import fingerprint, same
@@ -35,6 +36,7 @@ class TiersLayout:
         self.norms: Tensor | None = None  # float32 [(E,) d_ff]
         self.marks: list[Tensor] = []
         self.gate = self.up = self.down = None  # Planes of rows [(E *) d_ff, d_model]
+        self.activation: str | None = ""  # not known yet
         self._source: tuple | None = None
 
     def allocate(self, source: FFNWeights) -> None:
@@ -87,6 +89,13 @@ class TiersLayout:
         """
         with without_autocast(x.device):
             x, first = x.float(), self._first(x, experts)
+            if self.activation == "":
+                self.activation = recognised(combine, x.device)
+            if kernels.serves_tiers(self.gate, self.activation):
+                parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
+                how = self.activation, self.sizes.tiers, first.squeeze(1)
+                y, index = kernels.tiers_ffn(parts, self.sizes.d_ff, self.rms, self.norms, biases, *how, x)
+                return _with(y, self.down_bias, experts), index
             g = kernels.planes_dot(self.gate, BASE_BITS, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
             g = _with(g, self.gate_bias, experts)
             places = assign(self._score(g, combine, experts), self.sizes.tiers)
