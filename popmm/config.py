@@ -66,7 +66,7 @@ class PopConfig:
             3/4 of the channels, else 4 (measured); 16 where d_model is no multiple of 16 or with a candidate_fraction.
         bytes: share of the FFN's bytes at 16 bits that a token reads, scales included, in (0, 1], in place of a ratio:
             with ``tiers`` and ``gate``.
-        weight_bits: with ``selection="tiers"``: every channel in so many bits (8, 6 or 4), whatever the ratio: plain
+        weight_bits: with ``selection="tiers"``: all channels in so many bits (8, 6 or 4), whatever ratio above 0: plain
             quantisation, which chooses nothing. None = tiers, in which the best channels are read in 8 bits.
         refresh_every: after so many decode steps one is dense: its token joins the statistics, and the
             partition is made anew. 0 = never (paper).

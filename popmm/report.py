@@ -79,6 +79,9 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
     if c.selection == "gate" and not ffns[0].sizes.is_dense:
         most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)
         how += f" gate_bits={c.gate_bits} (batches above {most} read all of C: each token's own rows would be more)"
+    if c.selection == "tiers" and not ffns[0].sizes.is_dense:
+        parts = [f"{n / ffns[0].sizes.d_ff:.0%} in {bits} bits" for bits, n in ffns[0].sizes.tiers]
+        how += f" ({', '.join(parts)}, of each FFN's channels; 4 bits of every gate row)"
     if c.refresh_every:
         how += f" refresh_every={c.refresh_every}"
     lines = [

@@ -58,6 +58,8 @@ SELECTIONS = {
     "gate of some rows": dict(selection="gate", candidate_fraction=0.6),
     "gate 8": dict(selection="gate", gate_bits=8),
     "gate 4": dict(selection="gate", gate_bits=4),
+    "tiers": dict(selection="tiers", ffn_ratio=0.72),
+    "all at 6 bits": dict(selection="tiers", weight_bits=6),
     "mask, means": dict(selection="mask", fill="mean", prefill="pruned"),
     "gate, means": dict(selection="gate", gate_bits=16, fill="mean", prefill="pruned"),
     "routed": dict(selection="mask", importance="routed", shared_experts="prune"),

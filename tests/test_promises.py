@@ -83,8 +83,8 @@ def test_permuted_weights_compute_what_copied_ones_do(case, selection):
 def test_k_channels_pass_for_each_token_layer_and_sequence(case, selection, layout):
     model = case.build()
     inputs = case.prompt(model)
-    # gate in larger batches computes all the channels whose gate rows it reads (tests of its layout)
-    if not case.pictures and "gate" not in selection:
+    # what predicts, in larger batches, computes all the channels whose gate rows it reads (tests of its layout)
+    if not case.pictures and not matrix.config(selection).predicts:
         inputs = {"input_ids": tiny.prompt(9, batch=3), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
     batch = len(inputs["input_ids"])
     with popmm.pruned(model, matrix.config(selection, layout=layout)) as state:
@@ -101,7 +101,7 @@ def test_k_channels_pass_for_each_token_layer_and_sequence(case, selection, layo
             always = torch.zeros(shape, dtype=torch.bool).scatter(-1, p.retained, True)
             assert not (mask & off).any()
             assert (mask | ~always | ~routed.unsqueeze(-1)).all()
-            assert p.budget == round(0.6 * shape[-1]) or state.config.selection == "gate"
+            assert p.budget == round(0.6 * shape[-1]) or state.config.predicts
 
 
 def state_top_k(state, name: str) -> int:

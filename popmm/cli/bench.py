@@ -65,9 +65,9 @@ def ways(
         name, bits = selection.rstrip("0123456789"), selection.lstrip("abcdefghijklmnopqrstuvwxyz")
         for ratio in ratios:
             for layout in layouts:
-                config = PopConfig(
-                    pruning_ratio=ratio, selection=name, layout=layout, gate_bits=int(bits) if bits else None
-                )
+                which = {"gate": "gate_bits", "tiers": "weight_bits"}.get(name, "gate_bits")
+                how = {which: int(bits)} if bits else {}
+                config = PopConfig(pruning_ratio=ratio, selection=name, layout=layout, **how)
                 label = f"{selection} {ratio:.0%}" + (f" {layout}" if len(layouts) > 1 else "")
                 rows.append(Way(label, config, compiled))
     return rows

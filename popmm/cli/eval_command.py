@@ -51,7 +51,7 @@ def _save(args: argparse.Namespace, rows: list) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what would be found out late, or left out without a word."""
-    tasks, by_hand = args.tasks or args.preset, args.selection or args.gate_bits
+    tasks, by_hand = args.tasks or args.preset, args.selection or args.gate_bits or args.weight_bits
     by_statistics = args.task == "shapes" and not args.bytes and not args.ffn_ratios and not tasks
     together = {
         "--preset with --tasks": args.preset and args.tasks,
@@ -66,7 +66,8 @@ def _check(args: argparse.Namespace) -> None:
         "--preset, which has its own, with --ratios": args.preset and args.ratios != RATIOS,
         "--bytes with --ffn-ratios": args.bytes and args.ffn_ratios,
         "--plot with --task shapes, which needs --bytes": by_statistics and args.plot,
-        "--selection or --gate-bits with methods, which set them": by_hand and not (tasks or by_statistics),
+        "--selection, --gate-bits or --weight-bits with methods, which set them": by_hand
+        and not (tasks or by_statistics),
     }
     for words, given in together.items():
         if given:

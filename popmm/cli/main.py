@@ -152,9 +152,13 @@ def _add_config(parser: argparse.ArgumentParser, ratio: float | None = None) -> 
         either = parser.add_mutually_exclusive_group()
         either.add_argument("--pruning-ratio", type=float, help=f"share of block weights ({ratio:g})")
         either.add_argument("--ffn-ratio", type=float, help="share of FFN channels, instead")
+        either.add_argument("--bytes", type=float, help="tiers, gate: share of the 16-bit FFN bytes to read, instead")
         parser.add_argument("--refresh-every", type=int, default=0, help="decode steps between dense ones (never)")
-    parser.add_argument("--selection", help="gate, mask or keep (gate; with --candidate-fraction: mask)")
+    parser.add_argument(
+        "--selection", help="gate, tiers, mask or keep (gate; with --candidate-fraction: mask; with --bytes: tiers)"
+    )
     parser.add_argument("--gate-bits", type=int, help="gate: 16, 8 or 4 (chosen by the bytes)")
+    parser.add_argument("--weight-bits", type=int, help="tiers: all channels at 8, 6 or 4 bits, none chosen")
     parser.add_argument("--layout", default=defaults.layout, help="auto, copy or permute (%(default)s)")
     parser.add_argument("--candidate-fraction", type=float, help="gamma (mask and keep: 0.1)")
     parser.add_argument("--importance", default=defaults.importance, help="wanda, griffin, flock, routed (%(default)s)")

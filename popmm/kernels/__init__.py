@@ -58,18 +58,57 @@ def _choose(score: Tensor, k: int) -> Tensor:
     return (native if score.is_cpu and native.library() is not None else twin).choose(score, k)
 
 
+def _planes_dot(rows: list[Tensor], bits: int, index: Tensor, x: Tensor) -> Tensor:
+    own = Planes(*rows)
+    return (native.planes_dot if native.serves_planes(own) else planes.dot)(own, bits, index, x)
+
+
+def _planes_add(rows: list[Tensor], bits: int, index: Tensor, h: Tensor) -> Tensor:
+    own = Planes(*rows)
+    return (native.planes_add if native.serves_planes(own) else planes.add)(own, bits, index, h)
+
+
+def _tiers_ffn(
+    parts: list[Tensor],
+    d_ff: int,
+    rms: Tensor,
+    norms: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    bits: list[int],
+    counts: list[int],
+    first: Tensor,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    own = [Planes(*parts[i : i + 4]) for i in (0, 4, 8)]
+    tiers = list(zip(bits, counts))
+    return native.tiers_ffn(own, d_ff, rms, norms, (gate_bias, up_bias), activation, tiers, first, x)
+
+
+_FUNCTIONS = (_gather_dot, _gather_sum, _block_dot, _quantised_dot, _choose, _planes_dot, _planes_add, _tiers_ffn)
 _ops = {
     function.__name__: torch.library.custom_op(f"popmm::{function.__name__[1:]}", function, mutates_args=())
-    for function in (_gather_dot, _gather_sum, _block_dot, _quantised_dot, _choose)
+    for function in _FUNCTIONS
 }
 _ops["_gather_dot"].register_fake(lambda rows, index, x: x.new_empty(index.shape))
 _ops["_gather_sum"].register_fake(lambda rows, index, h: h.new_empty(len(index), rows.shape[1]))
 _ops["_block_dot"].register_fake(lambda matrices, x, block: x.new_empty(len(x), matrices.shape[1]))
 _ops["_quantised_dot"].register_fake(lambda codes, scale, x, bits, group, block, n_rows: x.new_empty(len(x), n_rows))
+_ops["_planes_dot"].register_fake(lambda rows, bits, index, x: x.new_empty(index.shape, dtype=torch.float32))
+_ops["_planes_add"].register_fake(
+    lambda rows, bits, index, h: h.new_empty(len(h), 2 * rows[0].shape[1], dtype=torch.float32)
+)
+_ops["_tiers_ffn"].register_fake(
+    lambda parts, d_ff, rms, norms, gate_bias, up_bias, activation, bits, counts, first, x: (
+        x.new_empty(x.shape, dtype=torch.float32),
+        x.new_empty(len(x), sum(counts), dtype=torch.int64),
+    )
+)
 _ops["_choose"].register_fake(lambda score, k: score.new_empty(len(score), k, dtype=torch.int64))
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
+def needs_gradient(*tensors: Tensor) -> bool:
     """Whether autograd must see the arithmetic: the kernels would cut it."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -82,7 +121,7 @@ def gather_dot(rows: Tensor, index: Tensor, x: Tensor) -> Tensor:
         index: int64 ``[n, k]``.
         x: ``[n, d]``.
     """
-    if _needs_gradient(rows, x):
+    if needs_gradient(rows, x):
         return twin.gather_dot(rows, index, x).to(x.dtype)
     return (_ops["_gather_dot"] if torch.compiler.is_compiling() else _gather_dot)(rows, index, x)
 
@@ -94,7 +133,7 @@ def gather_sum(rows: Tensor, index: Tensor, h: Tensor) -> Tensor:
         rows, index: as in ``gather_dot``.
         h: ``[n, k]``.
     """
-    if _needs_gradient(rows, h):
+    if needs_gradient(rows, h):
         return twin.gather_sum(rows, index, h).to(h.dtype)
     return (_ops["_gather_sum"] if torch.compiler.is_compiling() else _gather_sum)(rows, index, h)
 
@@ -107,7 +146,7 @@ def block_dot(matrices: Tensor, x: Tensor, block: Tensor) -> Tensor:
         x: ``[n, d]``.
         block: int64 ``[n]``.
     """
-    if _needs_gradient(matrices, x):
+    if needs_gradient(matrices, x):
         return twin.block_dot(matrices, x, block).to(x.dtype)
     return (_ops["_block_dot"] if torch.compiler.is_compiling() else _block_dot)(matrices, x, block)
 
@@ -120,7 +159,7 @@ def quantised_dot(codes: Tensor, scale: Tensor, x: Tensor, bits: int, group: int
         x: ``[n, d]``.
         block: int64 ``[n]``.
     """
-    if _needs_gradient(x):
+    if needs_gradient(x):
         return twin.quantised_dot(codes, scale, x, bits, group, block, n_rows).to(x.dtype)
     op = _ops["_quantised_dot"] if torch.compiler.is_compiling() else _quantised_dot
     return op(codes, scale, x, bits, group, block, n_rows)
@@ -139,12 +178,16 @@ def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
         index: int64 ``[n, k]``.
         x: float32 ``[n, d]``.
     """
-    return (native.planes_dot if native.serves_planes(rows) else planes.dot)(rows, bits, index, x)
+    if needs_gradient(x):
+        return planes.dot(rows, bits, index, x)
+    return (_ops["_planes_dot"] if torch.compiler.is_compiling() else _planes_dot)([*rows], bits, index, x)
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     """``out[n] = sum over k of h[n, k] * rows[index[n, k]]``, float32 ``[n, d]``, rows read in ``bits`` bits."""
-    return (native.planes_add if native.serves_planes(rows) else planes.add)(rows, bits, index, h)
+    if needs_gradient(h):
+        return planes.add(rows, bits, index, h)
+    return (_ops["_planes_add"] if torch.compiler.is_compiling() else _planes_add)([*rows], bits, index, h)
 
 
 def tiers_ffn(
@@ -152,13 +195,13 @@ def tiers_ffn(
     d_ff: int,
     rms: Tensor,
     norms: Tensor,
-    biases: Sequence[Tensor | None],
+    biases: tuple[Tensor | None, Tensor | None],
     activation: str,
     tiers: Sequence[tuple[int, int]],
     first: Tensor,
     x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """FFNs in tiers at one call, on the CPU with the C kernels (``serves_tiers``).
+    """FFNs in tiers at one call, on the CPU with the C kernels (``serves_planes``).
 
     Args:
         parts: nested planes of gate, up and down, rows ``[n_ffns * d_ff, d_model]``.
@@ -172,9 +215,11 @@ def tiers_ffn(
     Returns:
         y, float32 ``[n, d_model]``, without down's bias; channels read, int64 ``[n, K]``.
     """
-    return native.tiers_ffn(parts, d_ff, rms, norms, biases, activation, tiers, first, x)
+    op = _ops["_tiers_ffn"] if torch.compiler.is_compiling() else _tiers_ffn
+    bits, counts = [b for b, _ in tiers], [n for _, n in tiers]
+    return op([t for rows in parts for t in rows], d_ff, rms, norms, *biases, activation, bits, counts, first, x)
 
 
-def serves_tiers(rows: Planes, activation: str | None) -> bool:
-    """Whether ``tiers_ffn`` serves an FFN of these planes."""
-    return activation in native.ACTIVATIONS and native.serves_planes(rows)
+def serves_planes(rows: Planes) -> bool:
+    """Whether products with planes have a kernel, whose twin writes the rows out."""
+    return native.serves_planes(rows)

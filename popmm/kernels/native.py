@@ -1,78 +1,24 @@
-"""The C kernels of ``rows.c`` and ``planes.c``, compiled on first use; without a compiler the torch twins serve."""
+"""Calls of the C kernels; without a compiler the torch twins serve.
+
+C takes for granted what is made sure of here: types, shapes, memory in one piece, indexes that name a row.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from popmm.kernels.build import library
 from popmm.kernels.planes import Planes
 
-logger = logging.getLogger("popmm")
-
-_SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "planes.c")]
-_READ = [*_SOURCES, Path(__file__).with_name("common.h")]
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = {8: torch.int8, 4: torch.uint8}
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 OUT_OF_MEMORY = 2**63 - 1
 PARTS = 16  # partial sums of gather_sum, whatever the number of threads
-
-# arguments of each function of rows.c: an address, a size (int64) or an int
-_LETTERS = {"a": ctypes.c_void_p, "s": ctypes.c_int64, "i": ctypes.c_int}
-_ARGUMENTS = {
-    "gather_dot": "aisssassaai",
-    "gather_sum": "aisssassasai",
-    "block_dot": "aisssssasaai",
-    "quantised_dot": "aaissssaasai",
-    "choose": "asssaa",
-    "planes_dot": "aaaasssiassaai",
-    "planes_add": "aaaasssiassaai",
-    "tiers_ffn": "aaassssaaaaisaaasaaai",
-}
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None. ``POPMM_NATIVE=0`` in the environment turns them off."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    if os.environ.get("POPMM_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
-        return None
-    text = b"".join(file.read_bytes() for file in _READ) + " ".join([compiler, *_FLAGS, _processor()]).encode()
-    key = hashlib.sha256(text).hexdigest()[:16]
-    try:
-        file = _cache_folder() / f"rows-{key}.so"
-        if not file.exists():
-            with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-                built = Path(folder) / "rows.so"
-                command = [compiler, *_FLAGS, "-o", str(built), *map(str, _SOURCES)]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                os.replace(built, file)  # another process may have been first
-        return _declared(ctypes.CDLL(str(file)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", b"") or str(error).encode()
-        logger.warning("the C kernels could not be built, torch serves instead: %s", detail.decode()[:300])
-        return None
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes = [_LETTERS[letter] for letter in arguments]
-        function.restype = None if name == "choose" else ctypes.c_int64
-    return library
 
 
 def serves(rows: Tensor) -> bool:
@@ -297,24 +243,3 @@ def _p(t: Tensor) -> int:
     if not address and t.numel():
         raise ValueError(f"a tensor of shape {tuple(t.shape)} has no memory ({type(t).__name__})")
     return address
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def _cache_folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "popmm"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="popmm-"))

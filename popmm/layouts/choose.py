@@ -34,7 +34,7 @@ def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place
     fill_mean = config.fill == "mean"
     weight = site.weights().down
     if config.selection == "tiers":
-        return TiersLayout(sizes, site.name)
+        return TiersLayout(sizes, site.combine, site.name)
     if config.layout == "permute" and in_place:
         raise ValueError(f"layout='permute': {site.name} {in_place}; give layout='copy' or 'auto'")
     # on the CPU products read column slices at less bandwidth, 16-bit ones at half

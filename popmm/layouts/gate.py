@@ -118,6 +118,10 @@ class GateLayout:
     def fits(self, source: FFNWeights) -> bool:
         return self._source == identities(source) and same(self.marks, fingerprint(source))
 
+    def gathers(self, n_tokens: int) -> bool:
+        """Whether reading each token's own rows is less than reading all of U."""
+        return n_tokens * self.sizes.budget <= self.sizes.read
+
     def rewind(self) -> None:
         """Nothing: channels stay where they are."""
 

@@ -31,12 +31,12 @@ class TiersLayout:
     name = "planes"
     reorders = False
 
-    def __init__(self, sizes: TierSizes, site: str) -> None:
+    def __init__(self, sizes: TierSizes, combine: Combine, site: str) -> None:
         self.site, self.sizes = site, sizes
         self.norms: Tensor | None = None  # float32 [(E,) d_ff]
         self.marks: list[Tensor] = []
         self.gate = self.up = self.down = None  # Planes of rows [(E *) d_ff, d_model]
-        self.activation: str | None = ""  # not known yet
+        self.combine, self.activation = combine, None  # by name, if it is one that has a kernel
         self._source: tuple | None = None
 
     def allocate(self, source: FFNWeights) -> None:
@@ -45,9 +45,13 @@ class TiersLayout:
             if not self.sizes.is_dense:
                 for part, rows in (("gate", source.gate), ("up", source.up), ("down", source.down.mT)):
                     setattr(self, part, self._encoded(part, rows))
+                self.has_kernels = kernels.serves_planes(self.gate)
+                self.activation = recognised(self.combine, self.norms.device) if self.has_kernels else None
                 self.rms = torch.zeros_like(self.norms)
                 self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
-                self.order = torch.arange(source.d_ff, device=self.norms.device).expand(self.norms.shape)
+                self.order = torch.arange(source.d_ff, dtype=torch.int64, device=self.norms.device).expand(
+                    self.norms.shape
+                )
                 fix_addresses(self)
             self._source = identities(source)
 
@@ -67,6 +71,15 @@ class TiersLayout:
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor) -> None:
         """Sets what the prediction needs of a prompt: the up projection's root mean square, float32 ``[(E,) d_ff]``."""
         self.rms.copy_(rms)
+
+    def gathers(self, n_tokens: int) -> bool:
+        """Whether ``decode`` is to be preferred to ``decode_all``: with C kernels, which write no rows out, always."""
+        return self.has_kernels or n_tokens * self.sizes.budget <= self.sizes.read
+
+    @property
+    def at_one_call(self) -> bool:
+        """Whether a kernel computes a whole FFN of this activation."""
+        return self.activation is not None
 
     def rewind(self) -> None:
         """Nothing: channels stay where they are."""
@@ -89,9 +102,7 @@ class TiersLayout:
         """
         with without_autocast(x.device):
             x, first = x.float(), self._first(x, experts)
-            if self.activation == "":
-                self.activation = recognised(combine, x.device)
-            if kernels.serves_tiers(self.gate, self.activation):
+            if self.at_one_call and not kernels.needs_gradient(x):
                 parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
                 how = self.activation, self.sizes.tiers, first.squeeze(1)
                 y, index = kernels.tiers_ffn(parts, self.sizes.d_ff, self.rms, self.norms, biases, *how, x)

@@ -63,15 +63,15 @@ def tier_sizes(d_ff: int, share: float, group: int, weight_bits: int | None = No
     """Tiers that read ``share`` of the bytes that the FFN has in 16 bits.
 
     Args:
-        weight_bits: all channels in so many bits, whatever the share: a quantised FFN that chooses nothing.
+        weight_bits: all channels in so many bits, whatever the share below 1: a quantised FFN that chooses nothing.
 
     Raises:
         ValueError: the gate's first plane alone would take the bytes.
     """
-    if weight_bits is not None:
-        return TierSizes(d_ff, d_ff, 0, d_ff, ((weight_bits, d_ff),))
     if share >= 1:
         return TierSizes(d_ff, d_ff, d_ff, 0)
+    if weight_bits is not None:
+        return TierSizes(d_ff, d_ff, 0, d_ff, ((weight_bits, d_ff),))
     left = 3 * PLAIN_BITS * share - row_bits(BASE_BITS, group)  # bits per channel and model dimension, after the gate
     cost = {bits: bits - BASE_BITS + 2 * row_bits(bits, group) for bits in BITS}
     if round(left / cost[BASE_BITS] * d_ff) < 1:

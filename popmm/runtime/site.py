@@ -76,7 +76,7 @@ class PrunedSite:
 
     def gathers(self, n_tokens: int) -> bool:
         """Whether ``gate`` and ``tiers`` read each token's own rows: in small batches, where that is less than all."""
-        return not self.phase.simulating and n_tokens * self.sizes.budget <= self.sizes.read
+        return not self.phase.simulating and self.layout.gathers(n_tokens)
 
     def layout_order(self) -> Tensor:
         """Channels in the order of h at decode, int64 ``[(E,) n]``; all of them if the FFN is left dense."""

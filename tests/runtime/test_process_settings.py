@@ -70,6 +70,8 @@ CASES = {
     "keep in place": (lambda: tiny.dense("llama-bias"), dict(selection="keep", layout="permute")),
     "experts, gate 8": (lambda: tiny.moe("mixtral"), dict(selection="gate", gate_bits=8)),
     "experts, mask": (lambda: tiny.moe("qwen2-moe"), dict(selection="mask", importance="routed")),
+    "tiers": (lambda: tiny.dense("gemma3"), dict(selection="tiers", bytes=0.28)),
+    "experts, tiers": (lambda: tiny.moe("gpt-oss"), dict(selection="tiers", bytes=0.28)),
     "stories": (lambda: zoo.load("stories")[0], dict(selection="gate")),
 }
 PROMPT = tiny.prompt(10, batch=2)
@@ -122,7 +124,7 @@ def outcome(case, at_attach=contextlib.nullcontext, at_run=contextlib.nullcontex
     build, settings = CASES[case]
     model = build()
     with at_attach():
-        state = popmm.attach(model, popmm.PopConfig(ffn_ratio=0.4, **settings))
+        state = popmm.attach(model, popmm.PopConfig(**({} if "bytes" in settings else {"ffn_ratio": 0.4}), **settings))
     with at_run(), state.trace() as trace:
         out = model.generate(PROMPT, attention_mask=MASK, max_new_tokens=5, do_sample=False)
         orders = {name: p.reading_order.clone() for name, p in state.layers.items()}
@@ -257,7 +259,9 @@ def test_under_autocast_an_ffn_answers_in_the_dtype_of_a_dense_one(case):
         model.generate(PROMPT, max_new_tokens=3, do_sample=False)
         dense = list(dtypes)
         dtypes.clear()
-        with popmm.pruned(model, popmm.PopConfig(ffn_ratio=0.4, **settings)) as state:
+        with popmm.pruned(
+            model, popmm.PopConfig(**({} if "bytes" in settings else {"ffn_ratio": 0.4}), **settings)
+        ) as state:
             dtypes.clear()  # attach runs modules too
             model.generate(PROMPT, max_new_tokens=3, do_sample=False)
             assert dtypes == dense
@@ -283,7 +287,12 @@ def test_at_ratio_zero_under_autocast_the_model_is_the_dense_one(build):
 def test_statistics_under_autocast_are_those_without_as_far_as_it_rounds(case):
     build, settings = CASES[case]
     model, found = build(), []
-    with popmm.pruned(model, popmm.PopConfig(ffn_ratio=0.4, **settings)) as state, torch.no_grad():
+    with (
+        popmm.pruned(
+            model, popmm.PopConfig(**({} if "bytes" in settings else {"ffn_ratio": 0.4}), **settings)
+        ) as state,
+        torch.no_grad(),
+    ):
         for put in (contextlib.nullcontext, AUTOCAST):
             with put():
                 model(PROMPT[:1])
@@ -296,7 +305,12 @@ def test_statistics_under_autocast_are_those_without_as_far_as_it_rounds(case):
 
 @pytest.mark.parametrize("settings", [dict(gate_bits=16), dict(gate_bits=4)], ids=str)
 def test_gate_decodes_the_same_channels_under_autocast(settings, llama):
-    with popmm.pruned(llama, popmm.PopConfig(ffn_ratio=0.4, **settings)) as state, torch.no_grad():
+    with (
+        popmm.pruned(
+            llama, popmm.PopConfig(**({} if "bytes" in settings else {"ffn_ratio": 0.4}), **settings)
+        ) as state,
+        torch.no_grad(),
+    ):
         llama(PROMPT[:1])
         x = torch.randn(3, 32)
         ffn = state._ffns[0]

@@ -1,0 +1,198 @@
+"""Nested planes: coding by loops, products against it, whole FFNs against the same made of single products."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from popmm import kernels
+from popmm.kernels import build, native, planes
+from popmm.method.activations import ACTIVATIONS, recognised
+from popmm.method.tiers import assign
+
+needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C compiler")
+SIZES = [(7, 64), (50, 576), (33, 1024), (12, 96), (9, 144), (5, 16)]  # rows, d: groups of 64, 32, 16
+
+
+def matrix(n_rows, d, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n_rows, d, generator=generator) * torch.randn(n_rows, 1, generator=generator).exp()
+
+
+def value(p, row, i, bits):
+    """One weight, by the format's description."""
+    group, d = p.group, 2 * p.base.shape[1]
+    g, at = divmod(i, group)
+    byte = int(p.base[row, (g * group) // 2 + at % (group // 2)])
+    u = byte & 15 if at < group // 2 else byte >> 4
+    place, shift = (g * group) // 4 + at % (group // 4), 2 * (at // (group // 4))
+    if bits >= 6:
+        u = 4 * u + (int(p.fine[row, place]) >> shift & 3)
+    if bits >= 8:
+        u = 4 * u + (int(p.finest[row, place]) >> shift & 3)
+    step = 2 ** (bits - 4)
+    middle = 8 * step + (step - 1) / 2
+    assert 0 <= i < d
+    return float(p.scale[row, g]) * (u - middle) / step
+
+
+@pytest.mark.parametrize("n_rows, d", [(3, 64), (2, 96), (2, 16)])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_decoding_follows_the_format(n_rows, d, bits):
+    p = planes.encode(matrix(n_rows, d))
+    expected = [[value(p, row, i, bits) for i in range(d)] for row in range(n_rows)]
+    torch.testing.assert_close(planes.decode(p, bits), torch.tensor(expected), atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_rows, d", SIZES)
+def test_each_plane_halves_the_cell_twice(n_rows, d):
+    w = matrix(n_rows, d)
+    p = planes.encode(w)
+    step = p.scale.float().abs().repeat_interleave(p.group, dim=1)
+    inside = (
+        (w / p.scale.float().repeat_interleave(p.group, dim=1)).clamp(-8.5, 7.5)
+        * step
+        * p.scale.float().sign().repeat_interleave(p.group, dim=1)
+    )  # what is clipped is not the cell's fault
+    for bits, half_cell in ((4, 0.5), (6, 0.125), (8, 0.03125)):
+        error = (planes.decode(p, bits) - inside).abs() / step
+        assert error.max() <= half_cell * 1.001
+    clipped = (w - inside).norm() / w.norm()
+    assert clipped < 0.02
+
+
+@pytest.mark.parametrize(
+    "w", [torch.zeros(2, 64), torch.full((2, 64), 3.0), torch.eye(64)[:2] * 1e-6, torch.ones(1, 64) * 6e4]
+)
+def test_odd_groups_keep_their_size(w):
+    p = planes.encode(w)
+    assert torch.isfinite(planes.decode(p, 8)).all()
+    assert (planes.decode(p, 8) - w).abs().max() <= 0.02 * w.abs().max() + 1e-6
+
+
+def in_eight_bits(x, group):
+    """What the C kernels make of a vector that rows are multiplied with."""
+    parts = x.view(len(x), -1, group)
+    step = parts.abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, (parts / step).round() * step, 0).view_as(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_rows, d", SIZES)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("n, k", [(1, 1), (2, 5), (1, 18), (3, 4)])
+def test_c_products_are_those_of_decoded_rows(n_rows, d, bits, n, k):
+    generator = torch.Generator().manual_seed(k)
+    p, index = planes.encode(matrix(n_rows, d)), torch.randint(0, n_rows, (n, k), generator=generator)
+    x, h = torch.randn(n, d, generator=generator), torch.randn(n, k, generator=generator)
+    rows = planes.decode(p, bits)[index]
+    dot = torch.einsum("nkd,nd->nk", rows.double(), in_eight_bits(x, p.group).double())
+    size = torch.einsum("nkd,nd->nk", rows.abs(), x.abs())  # rounding is of this size, whatever cancels
+    assert ((native.planes_dot(p, bits, index, x) - dot).abs() <= 4e-3 * size).all()
+    total = torch.einsum("nkd,nk->nd", rows.double(), h.double())
+    found = native.planes_add(p, bits, index, h)
+    assert (found - total).norm() <= {4: 2e-2, 6: 1.5e-3, 8: 1.5e-3}[bits] * total.norm()
+
+
+@needs_compiler
+def test_c_products_do_not_depend_on_the_number_of_threads():
+    p, index = planes.encode(matrix(90, 576)), torch.arange(83).view(1, -1)
+    x, h = torch.randn(1, 576), torch.randn(1, 83)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(
+                [f(p, b, index, v) for b in (4, 8) for f, v in ((native.planes_dot, x), (native.planes_add, h))]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for own in found[1:] for a, b in zip(own, found[0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(index=torch.tensor([[0, 7]])), ValueError, "index 7.*0 to 6"),
+        (dict(index=torch.tensor([[-1]])), ValueError, "index -1"),
+        (dict(x=torch.zeros(1, 63)), ValueError, r"give \(1, 64\)"),
+        (dict(bits=5), TypeError, "4, 6 or 8 bits"),
+        (dict(fine=torch.zeros(7, 8, dtype=torch.uint8)), TypeError, "planes.encode"),
+        (dict(scale=torch.zeros(7, 1)), TypeError, "planes.encode"),
+        (dict(base=torch.zeros(32, 7, dtype=torch.uint8).T), TypeError, "planes.encode"),
+    ],
+    ids=str,
+)
+def test_what_c_would_read_past_is_refused(change, error, message):
+    p = planes.encode(matrix(7, 64))
+    p = p._replace(**{k: v for k, v in change.items() if k in p._fields})
+    x, index = change.get("x", torch.zeros(1, 64)), change.get("index", torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(error, match=message):
+        native.planes_dot(p, change.get("bits", 4), index, x)
+
+
+FFNS = list(itertools.product(ACTIVATIONS, [False, True], [(12, 64), (24, 96), (40, 576)]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation, biased, size", FFNS, ids=str)
+def test_a_whole_ffn_is_made_of_single_products(activation, biased, size):
+    d_ff, d = size
+    generator = torch.Generator().manual_seed(0)
+    parts = [planes.encode(matrix(2 * d_ff, d, seed)) for seed in range(3)]  # two experts
+    rms, norms = torch.rand(2, d_ff, generator=generator), torch.rand(2, d_ff, generator=generator)
+    biases = tuple(torch.randn(2, d_ff, generator=generator) for _ in range(2)) if biased else (None, None)
+    tiers, first, x = (
+        ((8, 2), (6, 3), (4, d_ff // 2)),
+        torch.tensor([d_ff, 0, d_ff]),
+        torch.randn(3, d, generator=generator),
+    )
+    y, index = kernels.tiers_ffn(parts, d_ff, rms, norms, biases, activation, tiers, first, x)
+    act = ACTIVATIONS[activation]
+    for t in range(3):
+        own = slice(int(first[t]), int(first[t]) + d_ff)
+        which = own.start // d_ff
+        rows = torch.arange(own.start, own.stop).view(1, -1)
+        bias = [torch.zeros(d_ff) if b is None else b[which] for b in biases]
+        g = {b: native.planes_dot(parts[0], b, rows, x[t : t + 1])[0] + bias[0] for b in (4, 6, 8)}
+        u = {b: native.planes_dot(parts[1], b, rows, x[t : t + 1])[0] + bias[1] for b in (4, 6, 8)}
+        score = (act(g[4]) * rms[which]).abs() * norms[which]
+        expected, place = torch.zeros(d), 0
+        for (bits, n), chosen in zip(tiers, assign(score[None], tiers)):
+            mine, place = index[t, place : place + n], place + n
+            # the same channels, or others of nearly the same score
+            torch.testing.assert_close(score[mine].sort()[0], score[chosen[0]].sort()[0], rtol=1e-4, atol=1e-5)
+            assert mine.tolist() == sorted(set(mine.tolist()))
+            h = (act(g[bits]) * u[bits])[mine][None]
+            expected += native.planes_add(parts[2], bits, rows[0][mine][None], h)[0]
+        torch.testing.assert_close(y[t], expected, atol=1e-4 * expected.abs().max(), rtol=1e-4)
+
+
+@needs_compiler
+def test_an_ffn_of_wrong_sizes_is_refused():
+    parts = [planes.encode(matrix(24, 64, seed)) for seed in range(3)]
+    good = dict(d_ff=12, rms=torch.ones(24), norms=torch.ones(24), biases=(None, None), activation="silu")
+    good |= dict(tiers=((8, 2),), first=torch.tensor([0]), x=torch.zeros(1, 64))
+    for change in (
+        dict(d_ff=7),
+        dict(rms=torch.ones(23)),
+        dict(tiers=((8, 13),)),
+        dict(tiers=((5, 3),)),
+        dict(tiers=()),
+        dict(first=torch.tensor([13])),
+        dict(x=torch.zeros(1, 32)),
+        dict(biases=(torch.ones(3), None)),
+    ):
+        with pytest.raises(ValueError):
+            native.tiers_ffn(parts, **{**good, **change})
+
+
+def test_activations_are_known_by_their_values():
+    cpu = torch.device("cpu")
+    for name, act in ACTIVATIONS.items():
+        assert recognised(lambda g, u, act=act: act(g) * u, cpu) == name
+    assert recognised(lambda g, u: F.silu(g) * (u + 1), cpu) is None
+    assert recognised(lambda g, u: 2 * F.silu(g) * u, cpu) is None
+    assert recognised(lambda g, u: F.silu(g.clamp(max=7)) * u, cpu) is None
