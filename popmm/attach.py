@@ -27,6 +27,7 @@ from popmm.runtime.attachment import MARKER, Attachment
 from popmm.runtime.experts import PrunedExperts
 from popmm.runtime.partitions import Partitions
 from popmm.runtime.phase import Phase
+from popmm.runtime.rest import RestLayer, rest_layers
 from popmm.runtime.runner import Runner
 from popmm.runtime.site import PrunedFFN
 from popmm.runtime.tower import PrunedTowerFFN, tower_ratio
@@ -179,10 +180,13 @@ def _plan(
         ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
     tower = _pruned_tower(model, config)
     phase = Phase()
-    runner = Runner(phase, Partitions(ffns, phase), config.refresh_every)
-    state = PartitionState(given, ratio, ffns, left_dense, runner, tower, description.left_out)
+    rest: list[RestLayer] = []
+    if config.rest_bits < 16:
+        rest = list(rest_layers(model, description.decoder, config.rest_bits, phase))
+    runner = Runner(phase, Partitions(ffns, rest, phase), config.refresh_every)
+    state = PartitionState(given, ratio, ffns, left_dense, rest, runner, tower, description.left_out)
     experts = [site.module for site in left_dense if site.is_experts]
-    return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts)
+    return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts, rest)
 
 
 def _is_left_alone(site: FFNSite, config: PopConfig) -> bool:

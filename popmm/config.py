@@ -68,6 +68,8 @@ class PopConfig:
             with ``tiers`` and ``gate``.
         weight_bits: with ``selection="tiers"``: all channels in so many bits (8, 6 or 4), whatever ratio above 0: plain
             quantisation, which chooses nothing. None = tiers, in which the best channels are read in 8 bits.
+        rest_bits: bits in which decode steps of up to 8 tokens read the other linear layers, attention's projections
+            and the output layer: 16 as they are, or a copy in 8, 6 or 4.
         refresh_every: after so many decode steps one is dense: its token joins the statistics, and the
             partition is made anew. 0 = never (paper).
     """
@@ -89,6 +91,7 @@ class PopConfig:
     refresh_every: int = 0
     bytes: float | None = None
     weight_bits: int | None = None
+    rest_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.pruning_ratio is not None and self.ffn_ratio is not None:
@@ -136,6 +139,8 @@ class PopConfig:
         if not (named or callable(self.importance)):
             known = ", ".join(map(repr, _IMPORTANCES))
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
+        if self.rest_bits not in (16, 8, 6, 4) or isinstance(self.rest_bits, bool):
+            raise ValueError(f"rest_bits={self.rest_bits!r}: give 16 (as they are), 8, 6 or 4")
         every = self.refresh_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 0:
             raise ValueError(f"refresh_every={every!r}: give a number of decode steps, or 0 for never")

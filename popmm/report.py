@@ -82,6 +82,8 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
     if c.selection == "tiers" and not ffns[0].sizes.is_dense:
         parts = [f"{n / ffns[0].sizes.d_ff:.0%} in {bits} bits" for bits, n in ffns[0].sizes.tiers]
         how += f" ({', '.join(parts)}, of each FFN's channels; 4 bits of every gate row)"
+    if c.rest_bits < 16:
+        how += f" rest_bits={c.rest_bits}"
     if c.refresh_every:
         how += f" refresh_every={c.refresh_every}"
     lines = [

@@ -23,6 +23,7 @@ from popmm.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
+    from popmm.runtime.rest import RestLayer
     from popmm.runtime.site import PrunedSite
     from popmm.runtime.tower import PrunedTowerFFN
 
@@ -48,6 +49,7 @@ class PartitionState:
         ffn_ratio: float,
         ffns: list[PrunedSite],
         left_dense: list[FFNSite],
+        rest: list[RestLayer],
         runner: Runner,
         tower: list[PrunedTowerFFN],
         left_out: Mapping[str, str],
@@ -56,6 +58,7 @@ class PartitionState:
         self.ffn_ratio = ffn_ratio
         self._ffns = ffns
         self._left_dense = left_dense
+        self._rest = rest
         self._runner = runner
         self._tower = tower
         self._left_out = left_out  # FFNs that cannot be pruned, and why
@@ -149,7 +152,16 @@ class PartitionState:
 
     def buffer_bytes(self) -> int:
         """Memory that popmm holds beside the model's own weights."""
-        return sum(ffn.layout.bytes() for ffn in self._ffns)
+        planes = sum(layer.planes.bytes() for layer in self._rest if layer.planes is not None)
+        return sum(ffn.layout.bytes() for ffn in self._ffns) + planes
+
+    def rest_bytes(self) -> tuple[int, int]:
+        """(with ``rest_bits``, as they came): bytes that one token reads of the linear layers outside the FFNs.
+
+        Of those that ``rest_bits`` covers: attention's projections and the output layer; (0, 0) with 16.
+        """
+        read = [layer.read() for layer in self._rest]
+        return sum(own for own, _ in read), sum(plain for _, plain in read)
 
     def summary(self) -> str:
         """Table of all FFNs: layer, d_ff, R, C, P, K, and bytes read per token against dense."""

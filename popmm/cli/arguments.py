@@ -21,7 +21,16 @@ SECOND_PROMPT = "The old man looked at the sea. He wanted to catch a fish, but t
 
 def config_from(args: argparse.Namespace) -> PopConfig:
     names = ("pruning_ratio", "ffn_ratio", "selection", "candidate_fraction", "importance", "fill", "prefill")
-    names += ("prior_tokens", "modality_balance", "vision", "gate_bits", "weight_bits", "layout", "refresh_every")
+    names += (
+        "prior_tokens",
+        "modality_balance",
+        "vision",
+        "gate_bits",
+        "weight_bits",
+        "rest_bits",
+        "layout",
+        "refresh_every",
+    )
     given = {name: getattr(args, name, None) for name in names}
     if isinstance(getattr(args, "bytes", None), float):  # eval's is a list of shares, for its methods
         given["bytes"] = args.bytes

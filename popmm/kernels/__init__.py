@@ -63,6 +63,10 @@ def _planes_dot(rows: list[Tensor], bits: int, index: Tensor, x: Tensor) -> Tens
     return (native.planes_dot if native.serves_planes(own) else planes.dot)(own, bits, index, x)
 
 
+def _planes_linear(rows: list[Tensor], bits: int, x: Tensor) -> Tensor:
+    return native.planes_linear(Planes(*rows), bits, x)
+
+
 def _planes_add(rows: list[Tensor], bits: int, index: Tensor, h: Tensor) -> Tensor:
     own = Planes(*rows)
     return (native.planes_add if native.serves_planes(own) else planes.add)(own, bits, index, h)
@@ -86,7 +90,17 @@ def _tiers_ffn(
     return native.tiers_ffn(own, d_ff, rms, norms, (gate_bias, up_bias), activation, tiers, first, x)
 
 
-_FUNCTIONS = (_gather_dot, _gather_sum, _block_dot, _quantised_dot, _choose, _planes_dot, _planes_add, _tiers_ffn)
+_FUNCTIONS = (
+    _gather_dot,
+    _gather_sum,
+    _block_dot,
+    _quantised_dot,
+    _choose,
+    _planes_dot,
+    _planes_linear,
+    _planes_add,
+    _tiers_ffn,
+)
 _ops = {
     function.__name__: torch.library.custom_op(f"popmm::{function.__name__[1:]}", function, mutates_args=())
     for function in _FUNCTIONS
@@ -96,6 +110,7 @@ _ops["_gather_sum"].register_fake(lambda rows, index, h: h.new_empty(len(index),
 _ops["_block_dot"].register_fake(lambda matrices, x, block: x.new_empty(len(x), matrices.shape[1]))
 _ops["_quantised_dot"].register_fake(lambda codes, scale, x, bits, group, block, n_rows: x.new_empty(len(x), n_rows))
 _ops["_planes_dot"].register_fake(lambda rows, bits, index, x: x.new_empty(index.shape, dtype=torch.float32))
+_ops["_planes_linear"].register_fake(lambda rows, bits, x: x.new_empty(len(x), len(rows[0]), dtype=torch.float32))
 _ops["_planes_add"].register_fake(
     lambda rows, bits, index, h: h.new_empty(len(h), 2 * rows[0].shape[1], dtype=torch.float32)
 )
@@ -181,6 +196,11 @@ def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
     if needs_gradient(x):
         return planes.dot(rows, bits, index, x)
     return (_ops["_planes_dot"] if torch.compiler.is_compiling() else _planes_dot)([*rows], bits, index, x)
+
+
+def planes_linear(rows: Planes, bits: int, x: Tensor) -> Tensor:
+    """``x @ rows.T``, float32 ``[n, n_rows]``, rows read in ``bits`` bits, each of the few x by itself."""
+    return (_ops["_planes_linear"] if torch.compiler.is_compiling() else _planes_linear)([*rows], bits, x)
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:

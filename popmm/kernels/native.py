@@ -94,6 +94,14 @@ def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+def planes_linear(rows: Planes, bits: int, x: Tensor) -> Tensor:
+    planes, n_rows, d = _planes(rows, bits)
+    x = _floats(x, "x", (len(x), d))
+    out = torch.empty(len(x), n_rows, dtype=torch.float32, device="cpu")
+    _run("planes_dot", x, n_rows, *planes, None, len(x), n_rows, _p(x), _p(out))
+    return out
+
+
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     planes, n_rows, d = _planes(rows, bits)
     index = _index(index, "index", 2)

@@ -346,18 +346,18 @@ static int new_rounded(int64_t d, int64_t group, rounded *x) {
 
 #define OUT_OF_MEMORY INT64_MAX
 
-/* out[n, k] = rows[index[n, k]] . x[n] */
+/* out[n, k] = rows[index[n, k]] . x[n]; index NULL: the first k rows */
 int64_t planes_dot(const uint8_t *base, const uint8_t *fine, const uint8_t *finest, const uint16_t *scale, int64_t n_rows,
                    int64_t d, int64_t group, int bits, const int64_t *index, int64_t n, int64_t k, const float *x, float *out,
                    int threads) {
     const planes p = {base, fine, finest, scale, n_rows, d, group};
-    const int64_t outside = first_outside(index, n * k, n_rows);
+    const int64_t outside = index ? first_outside(index, n * k, n_rows) : -1;
     if (outside >= 0) return outside;
     rounded own;
     if (!new_rounded(d, group, &own)) return OUT_OF_MEMORY;
     for (int64_t t = 0; t < n; t++) {
         round_vector(x + t * d, d, group, &own);
-        rows_dot(&p, bits, 0, index + t * k, k, &own, out + t * k, threads);
+        rows_dot(&p, bits, 0, index ? index + t * k : NULL, k, &own, out + t * k, threads);
     }
     free(own.code);
     return -1;

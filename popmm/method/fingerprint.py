@@ -30,6 +30,12 @@ def fingerprint(weights: FFNWeights) -> list[Tensor]:
         return marks + [b.detach().to(torch.float32, copy=True) for b in biases if b is not None]
 
 
+def marks_of(weight: Tensor) -> Tensor:
+    """Marks of the rows of one matrix, float32 ``[n]``."""
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+        return _of_rows(weight, _direction(weight.shape[-1], weight.device))
+
+
 def same(before: list[Tensor], now: list[Tensor]) -> bool:
     """Whether two fingerprints are of the same contents in the same places."""
     return len(before) == len(now) and all(map(_same, before, now))

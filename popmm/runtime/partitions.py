@@ -14,6 +14,7 @@ from popmm.method.modality import JointStatistics
 from popmm.method.partition import FFNPartition
 from popmm.runtime.calls import without_backward
 from popmm.runtime.phase import Phase
+from popmm.runtime.rest import RestLayer
 from popmm.runtime.sequence import Sequence
 
 
@@ -36,9 +37,9 @@ class Followed(Protocol):
 class Partitions:
     """All FFNs' partitions, made and forgotten together; ``phase.decoding`` follows them."""
 
-    def __init__(self, ffns: list[Followed], phase: Phase) -> None:
+    def __init__(self, ffns: list[Followed], rest: list[RestLayer], phase: Phase) -> None:
         self.active: Sequence | None = None  # that the FFNs are partitioned for
-        self._ffns = ffns
+        self._ffns, self._rest = ffns, rest
         self._phase = phase
         self._warned_of_hooks = False
 
@@ -98,11 +99,13 @@ class Partitions:
     def release(self) -> None:
         """Detached for good."""
         self._phase.released = True
-        for ffn in self._ffns:
-            ffn.release()
+        for part in (*self._ffns, *self._rest):
+            part.release()
 
     def check_weights(self) -> None:
         """Before statistics are taken or used: the FFNs must be those that were attached."""
+        for layer in self._rest:
+            layer.check()
         hooked = [ffn.name for ffn in self._ffns if ffn.check() and not ffn.sizes.is_dense]
         if hooked and not self._warned_of_hooks:
             self._warned_of_hooks = True

@@ -15,6 +15,7 @@ class Phase:
     def __init__(self) -> None:
         self.decoding = False  # between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None  # in progress
+        self.step = False  # the pass in progress, or the last one, is a decode step: the output layer comes after it
         self.shape = (0, 0)  # batch, tokens per sequence
         self.simulating = False  # passes of several tokens are decode
         self.released = False  # detached: what is left of our wrappers is transparent

@@ -154,7 +154,7 @@ class Runner:
         return ""
 
     def _decode(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache):
-        self.phase.decoding, self.phase.shape = True, shape
+        self.phase.decoding, self.phase.step, self.phase.shape = True, True, shape
         output = forward(*args, **kwargs)
         known = self.sequences.on(cache)
         if known is not None:
@@ -168,14 +168,15 @@ class Runner:
         is_new, watch = self.sequences.is_new_stranger(cache), self.around.watch
         if self.partitions.prunes and is_new and (watch is None or watch.judged):
             warn_dense(reason)
-        self.phase.decoding, self.phase.shape = False, shape  # so it stays: the next step may be compiled, past this
+        self.phase.decoding, self.phase.step, self.phase.shape = False, False, shape
+        # and so it stays: the next step may be compiled, past this
         output = forward(*args, **kwargs)
         self.seen("dense", reason)
         return output
 
     def _prefill(self, forward: Callable, args: tuple, kwargs: dict, prompt: PromptPass, cache):
         phase = self.phase
-        phase.decoding, phase.prompt, phase.shape = False, prompt, prompt.shape
+        phase.decoding, phase.step, phase.prompt, phase.shape = False, False, prompt, prompt.shape
         try:
             output = forward(*args, **kwargs)
         finally:

@@ -15,6 +15,7 @@ from popmm.runtime.caches import StaticCaches
 from popmm.runtime.experts_interface import ON_MODULE, dense_experts
 from popmm.runtime.integrity import Integrity, leads_to
 from popmm.runtime.overrides import Hook, Kept, Override
+from popmm.runtime.rest import RestLayer
 from popmm.runtime.runner import Runner
 from popmm.runtime.site import PrunedSite
 from popmm.runtime.tower import PrunedTowerFFN
@@ -30,6 +31,7 @@ def wire(
     ffns: list[PrunedSite],
     tower: list[PrunedTowerFFN],
     dense_modules: list[nn.Module],
+    rest: list[RestLayer],
 ) -> Attachment:
     """Overrides and hooks of everything that takes part, not yet installed.
 
@@ -37,10 +39,12 @@ def wire(
         surroundings: the module around the decoder that knows its image tokens; None = it reads text alone.
         state: what ``attach`` returns.
         dense_modules: experts that are left dense.
+        rest: linear layers outside the FFNs that decode reads in fewer bits.
     """
     caches = StaticCaches()
     overrides = [Override(model, name, ours) for name, ours in _around_generate(model, runner, caches)]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
+    overrides += [override for layer in rest for override in layer.overrides()]
     hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
     for ffn in ffns:

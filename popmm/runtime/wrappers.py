@@ -129,6 +129,7 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
             if is_step and not runner.runs_compiled(find_cache(kwargs)):
                 return model(*args, **kwargs)
             before = runner.passes.total
+            runner.phase.step = is_step
             output = step(*args, **kwargs)
             if is_step and runner.passes.total == before:
                 runner.ran_compiled()

@@ -317,7 +317,10 @@ def test_demo_compares_20_and_40_percent(capsys):
         (["eval", "--bytes", "x"], "'x': give numbers separated by commas"),
         (["eval", "--methods", "best"], "unknown method 'best'"),
         (["eval", "--plot", "rows.foo"], "give a name that ends in one of .png"),
-        (["eval", "--bytes", "0.7", "--gate-bits", "4"], "--selection or --gate-bits with methods, which set them"),
+        (
+            ["eval", "--bytes", "0.7", "--gate-bits", "4"],
+            "--selection, --gate-bits or --weight-bits with methods, which set them",
+        ),
         (["eval", "--task", "shapes", "--plot", "x.png"], "--plot with --task shapes, which needs --bytes"),
         (["eval", "--sweep", "gamma", "--task", "shapes"], "--sweep with --tasks, --preset or --task shapes"),
         (["eval", "--sweep", "gamma", "--methods", "gate"], "--sweep, which is of mask, with"),

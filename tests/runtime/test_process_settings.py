@@ -70,8 +70,8 @@ CASES = {
     "keep in place": (lambda: tiny.dense("llama-bias"), dict(selection="keep", layout="permute")),
     "experts, gate 8": (lambda: tiny.moe("mixtral"), dict(selection="gate", gate_bits=8)),
     "experts, mask": (lambda: tiny.moe("qwen2-moe"), dict(selection="mask", importance="routed")),
-    "tiers": (lambda: tiny.dense("gemma3"), dict(selection="tiers", bytes=0.28)),
-    "experts, tiers": (lambda: tiny.moe("gpt-oss"), dict(selection="tiers", bytes=0.28)),
+    "tiers": (lambda: tiny.dense("llama-bias"), dict(selection="tiers", bytes=0.28)),
+    "experts, tiers": (lambda: tiny.moe("mixtral"), dict(selection="tiers", bytes=0.28, rest_bits=8)),
     "stories": (lambda: zoo.load("stories")[0], dict(selection="gate")),
 }
 PROMPT = tiny.prompt(10, batch=2)

@@ -1,0 +1,97 @@
+"""The linear layers outside the FFNs, read at decode in fewer bits: attention's projections, the output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from popmm import kernels
+from popmm.adapters.forms import is_mixer
+from popmm.kernels import planes
+from popmm.kernels.planes import Planes
+from popmm.kernels.precision import output_dtype, without_autocast
+from popmm.kernels.twin import group_of
+from popmm.method.ffn import identity
+from popmm.method.fingerprint import marks_of, same
+from popmm.method.tiers import row_bits
+from popmm.runtime.overrides import Override
+from popmm.runtime.phase import Phase
+
+FEW_ROWS = 16  # of a layer that is not worth it
+SMALL_BATCH = (
+    8  # tokens of a step, up to which each reads the planes by itself; larger ones read the weights as they are
+)
+
+
+class RestLayer:
+    """A linear layer in nested planes. Prompts, and steps of large batches, run the layer as it is."""
+
+    def __init__(self, name: str, module: nn.Linear, bits: int, phase: Phase) -> None:
+        self.name, self.module, self.bits, self.phase = name, module, bits, phase
+        self.dense_forward = module.forward
+        self.planes: Planes | None = None
+        self.encode()
+
+    def encode(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self.module.weight.detach()
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"{self.name} holds weights that are no finite numbers, which cannot be quantised: mend the "
+                    "checkpoint, or give rest_bits=16"
+                )
+            self.planes, self._identity, self._marks = planes.encode(weight), identity(weight), [marks_of(weight)]
+            self._has_kernels = kernels.serves_planes(self.planes)
+
+    def check(self) -> None:
+        """Called before each prompt: reads weights that have changed again."""
+        weight = self.module.weight
+        if self._identity != identity(weight) or not same(self._marks, [marks_of(weight)]):
+            self.encode()
+
+    def overrides(self) -> list[Override]:
+        return [Override(self.module, "forward", self.forward)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stands in for the layer's forward."""
+        phase = self.phase
+        n_tokens = x.numel() // x.shape[-1]
+        if not phase.step or phase.released or (n_tokens > SMALL_BATCH and not phase.simulating):
+            return self.dense_forward(x)
+        rows = x.reshape(n_tokens, x.shape[-1])
+        with without_autocast(x.device):
+            if self._has_kernels and n_tokens <= SMALL_BATCH:
+                y = kernels.planes_linear(self.planes, self.bits, rows.float())
+            else:
+                y = F.linear(rows.float(), planes.decode(self.planes, self.bits))
+            if self.module.bias is not None:
+                y = y + self.module.bias
+        return y.to(output_dtype(self.module.weight)).view(*x.shape[:-1], -1)
+
+    def read(self) -> tuple[int, int]:
+        """(in planes, as it came) weight bytes that one token reads."""
+        weight = self.module.weight
+        own = weight.numel() * row_bits(self.bits, group_of(weight.shape[1])) / 8
+        return round(own), weight.numel() * weight.element_size()
+
+    def release(self) -> None:
+        self.planes = None
+
+
+def rest_layers(model: nn.Module, decoder: nn.Module, bits: int, phase: Phase) -> Iterator[RestLayer]:
+    """Plain linear layers of the decoder's mixers (attention), and the output layer, whose width can be grouped."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    mixers = [part for part in decoder.modules() if is_mixer(part)]
+    found = [*(layer for mixer in mixers for layer in mixer.modules()), *([head] if head is not None else [])]
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in {id(m): m for m in found}.values():
+        # what is more than a linear layer (adapters, quantised ones) may compute something else
+        if type(module) is not nn.Linear or "forward" in module.__dict__:
+            continue
+        weight = module.weight
+        plain = type(weight) is nn.Parameter and weight.is_floating_point()
+        if plain and weight.shape[0] >= FEW_ROWS and group_of(weight.shape[1]) >= 16:
+            yield RestLayer(names.get(id(module), ""), module, bits, phase)
