@@ -58,18 +58,32 @@ def _choose(score: Tensor, k: int) -> Tensor:
     return (native if score.is_cpu and native.library() is not None else twin).choose(score, k)
 
 
+def _planes_room(rows: Planes) -> ModuleType | None:
+    """The implementation that reads these planes; None = the twin."""
+    if rows.scale.is_cuda:
+        try:
+            from popmm.kernels import triton_planes
+        except ImportError:
+            return None
+        return triton_planes
+    return native if native.serves_planes(rows) else None
+
+
 def _planes_dot(rows: list[Tensor], bits: int, index: Tensor, x: Tensor) -> Tensor:
     own = Planes(*rows)
-    return (native.planes_dot if native.serves_planes(own) else planes.dot)(own, bits, index, x)
+    room = _planes_room(own)
+    return planes.dot(own, bits, index, x) if room is None else room.planes_dot(own, bits, index, x)
 
 
 def _planes_linear(rows: list[Tensor], bits: int, x: Tensor) -> Tensor:
-    return native.planes_linear(Planes(*rows), bits, x)
+    own = Planes(*rows)
+    return _planes_room(own).planes_linear(own, bits, x)
 
 
 def _planes_add(rows: list[Tensor], bits: int, index: Tensor, h: Tensor) -> Tensor:
     own = Planes(*rows)
-    return (native.planes_add if native.serves_planes(own) else planes.add)(own, bits, index, h)
+    room = _planes_room(own)
+    return planes.add(own, bits, index, h) if room is None else room.planes_add(own, bits, index, h)
 
 
 def _tiers_ffn(
@@ -221,7 +235,7 @@ def tiers_ffn(
     first: Tensor,
     x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """FFNs in tiers at one call, on the CPU with the C kernels (``serves_planes``).
+    """FFNs in tiers at one call, on the CPU with the C kernels (``serves_tiers``).
 
     Args:
         parts: nested planes of gate, up and down, rows ``[n_ffns * d_ff, d_model]``.
@@ -242,4 +256,9 @@ def tiers_ffn(
 
 def serves_planes(rows: Planes) -> bool:
     """Whether products with planes have a kernel, whose twin writes the rows out."""
+    return _planes_room(rows) is not None
+
+
+def serves_tiers(rows: Planes) -> bool:
+    """Whether ``tiers_ffn`` serves FFNs of such planes."""
     return native.serves_planes(rows)

@@ -24,6 +24,8 @@ from popmm.method.fingerprint import fingerprint, same
 from popmm.method.partition import FFNPartition
 from popmm.method.tiers import BASE_BITS, TierSizes, assign
 
+SMALL_BATCH = 16  # tokens, up to which kernels read each token's own rows
+
 
 class TiersLayout:
     """A copy of an FFN, or of a stack of experts, in nested planes: 8.25 bits a weight beside the model's own."""
@@ -46,7 +48,8 @@ class TiersLayout:
                 for part, rows in (("gate", source.gate), ("up", source.up), ("down", source.down.mT)):
                     setattr(self, part, self._encoded(part, rows))
                 self.has_kernels = kernels.serves_planes(self.gate)
-                self.activation = recognised(self.combine, self.norms.device) if self.has_kernels else None
+                whole = kernels.serves_tiers(self.gate)
+                self.activation = recognised(self.combine, self.norms.device) if whole else None
                 self.rms = torch.zeros_like(self.norms)
                 self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
                 self.order = torch.arange(source.d_ff, dtype=torch.int64, device=self.norms.device).expand(
@@ -73,8 +76,8 @@ class TiersLayout:
         self.rms.copy_(rms)
 
     def gathers(self, n_tokens: int) -> bool:
-        """Whether ``decode`` is to be preferred to ``decode_all``: with C kernels, which write no rows out, always."""
-        return self.has_kernels or n_tokens * self.sizes.budget <= self.sizes.read
+        """Whether ``decode`` is to be preferred to ``decode_all``, which writes all weights out for any number."""
+        return n_tokens * self.sizes.budget <= self.sizes.read * (SMALL_BATCH if self.has_kernels else 1)
 
     @property
     def at_one_call(self) -> bool:

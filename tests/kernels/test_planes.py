@@ -1,6 +1,10 @@
 """Nested planes: coding by loops, products against it, whole FFNs against the same made of single products."""
 
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -196,3 +200,34 @@ def test_activations_are_known_by_their_values():
     assert recognised(lambda g, u: F.silu(g) * (u + 1), cpu) is None
     assert recognised(lambda g, u: 2 * F.silu(g) * u, cpu) is None
     assert recognised(lambda g, u: F.silu(g.clamp(max=7)) * u, cpu) is None
+
+
+TRITON = """
+import torch
+from popmm.kernels import planes, triton_planes as room
+for n_rows, d in ((7, 64), (20, 192), (12, 96), (9, 144)):
+    p = planes.encode(torch.randn(n_rows, d))
+    for bits in (4, 6, 8):
+        for n, k in ((1, 1), (2, 5), (1, 37)):
+            index, x, h = torch.randint(0, n_rows, (n, k)), torch.randn(n, d), torch.randn(n, k)
+            close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            close(room.planes_dot(p, bits, index, x), planes.dot(p, bits, index, x))
+            close(room.planes_add(p, bits, index, h), planes.add(p, bits, index, h))
+            close(room.planes_linear(p, bits, x), x @ planes.decode(p, bits).T)
+print("fine")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested on the GPU")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_triton_kernels_under_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True, env=environment)
+    assert run.stdout == "fine\n", run.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_triton_kernels_on_the_gpu():
+    code = TRITON.replace("import torch\n", "import torch; torch.set_default_device('cuda')\n", 1)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "fine\n", run.stderr

@@ -43,7 +43,7 @@ def by_hand(site, x, rms, tiers, expert=None):
 @torch.no_grad()
 def test_a_step_is_what_loops_over_channels_give(name, native, monkeypatch):
     if not native:
-        monkeypatch.setattr("popmm.kernels.native.serves_planes", lambda rows: False)
+        monkeypatch.setattr("popmm.kernels.native.serves_planes", lambda rows: False)  # and so no whole FFNs
     model = build(name)
     site = next(s for layer in describe(model).layers for s in layer.sites if not s.shared)
     with popmm.pruned(model, CONFIG) as state:

@@ -1,0 +1,126 @@
+"""Triton kernels: products with chosen rows in nested planes. Deterministic, float32 accumulation, no atomics.
+
+A group is read by quarters: the k-th quarter's nibbles lie in the low halves of the bytes for k < 2, in the high ones
+else, and its further bits in the k-th pair of each byte of ``fine`` and ``finest``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from popmm.kernels.planes import MIDDLE, Planes
+from popmm.kernels.triton_rows import SPLITS, _device
+
+
+@triton.jit
+def _quarter(base, fine, finest, at, inside, Q: tl.constexpr, BITS: tl.constexpr, QUARTER: tl.constexpr):
+    """Numbers of one quarter of a group, float32 ``[rows, QUARTER]``; ``at``: the place of its pairs' bytes."""
+    nibbles = at * 2 - (at % QUARTER) + (Q % 2) * QUARTER  # a group's nibbles take two quarters' bytes
+    u = (tl.load(base + nibbles, mask=inside, other=0) >> (4 * (Q // 2))) & 15
+    if BITS >= 6:
+        u = (u << 2) | ((tl.load(fine + at, mask=inside, other=0) >> (2 * Q)) & 3)
+    if BITS >= 8:
+        u = (u << 2) | ((tl.load(finest + at, mask=inside, other=0) >> (2 * Q)) & 3)
+    return u.to(tl.float32)
+
+
+@triton.jit
+def _dot(
+    base,
+    fine,
+    finest,
+    scale,
+    index,
+    x,
+    out,
+    k,
+    MIDDLE: tl.constexpr,
+    d: tl.constexpr,
+    BITS: tl.constexpr,
+    QUARTER: tl.constexpr,
+    ALL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    token = tl.program_id(0)
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = place < k
+    row = place.to(tl.int64) if ALL else tl.load(index + token * k + place, mask=valid, other=0)
+    column = tl.arange(0, QUARTER)
+    groups: tl.constexpr = d // (4 * QUARTER)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for g in range(0, groups):
+        s = tl.load(scale + row * groups + g, mask=valid, other=0).to(tl.float32)
+        at = (row * (d // 4) + g * QUARTER)[:, None] + column[None, :]
+        part = tl.zeros([ROWS], dtype=tl.float32)
+        for q in tl.static_range(4):
+            v = tl.load(x + token * d + (g * 4 + q) * QUARTER + column).to(tl.float32)
+            u = _quarter(base, fine, finest, at, valid[:, None], q, BITS, QUARTER)
+            part += tl.sum((u - MIDDLE) * v[None, :], axis=1)
+        total += s * part
+    tl.store(out + token * k + place, total / (2 ** (BITS - 4)), mask=valid)
+
+
+@triton.jit
+def _add(
+    base,
+    fine,
+    finest,
+    scale,
+    index,
+    h,
+    parts,
+    k,
+    n,
+    MIDDLE: tl.constexpr,
+    d: tl.constexpr,
+    BITS: tl.constexpr,
+    QUARTER: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    token, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column = tl.arange(0, QUARTER)
+    groups: tl.constexpr = d // (4 * QUARTER)
+    end = tl.minimum((split + 1) * PER_SPLIT, k)
+    for q in tl.static_range(4):
+        total = tl.zeros([QUARTER], dtype=tl.float32)
+        for start in range(0, PER_SPLIT, ROWS):
+            place = split * PER_SPLIT + start + tl.arange(0, ROWS)
+            valid = place < end
+            row = tl.load(index + token * k + place, mask=valid, other=0)
+            weight = tl.load(h + token * k + place, mask=valid, other=0).to(tl.float32)
+            weight *= tl.load(scale + row * groups + g, mask=valid, other=0).to(tl.float32)
+            at = (row * (d // 4) + g * QUARTER)[:, None] + column[None, :]
+            u = _quarter(base, fine, finest, at, valid[:, None], q, BITS, QUARTER)
+            total += tl.sum((u - MIDDLE) * weight[:, None], axis=0)
+        to = parts + (split * n + token) * d + (g * 4 + q) * QUARTER + column
+        tl.store(to, total / (2 ** (BITS - 4)))
+
+
+def planes_dot(rows: Planes, bits: int, index: Tensor | None, x: Tensor) -> Tensor:
+    """``index`` None: all rows."""
+    x, every = x.contiguous(), index is None
+    n, k = (len(x), len(rows.base)) if every else index.shape
+    out = torch.empty(n, k, dtype=torch.float32, device=x.device)
+    own = x if every else index.contiguous()
+    how = dict(MIDDLE=MIDDLE[bits], d=x.shape[1], BITS=bits, QUARTER=rows.group // 4, ALL=every, ROWS=16)
+    with _device(x):
+        _dot[(n, triton.cdiv(k, 16))](*rows, own, x, out, k, **how)
+    return out
+
+
+def planes_linear(rows: Planes, bits: int, x: Tensor) -> Tensor:
+    return planes_dot(rows, bits, None, x)
+
+
+def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
+    index, h = index.contiguous(), h.contiguous()
+    (n, k), d = index.shape, 2 * rows.base.shape[1]
+    parts = torch.empty(SPLITS, n, d, dtype=torch.float32, device=h.device)
+    how = dict(MIDDLE=MIDDLE[bits], d=d, BITS=bits, QUARTER=rows.group // 4, PER_SPLIT=triton.cdiv(k, SPLITS), ROWS=16)
+    with _device(h):
+        _add[(n, d // rows.group, SPLITS)](*rows, index, h, parts, k, n, **how)
+    return parts.sum(0)
