@@ -27,19 +27,19 @@ bench() { # seconds, name, arguments of popmm bench
 
 if [[ "${1:-}" == --tiny ]]; then
     small=(--tiny --dtype float32 --device cpu --compiled --prompt-tokens 12 --new-tokens 8 --rounds 1 --ratios 0.2)
-    bench 300 llama-b1 --shape llama-3.1-8b --selections keep,gate4 --int8 "${small[@]}"
+    bench 300 llama-b1 --shape llama-3.1-8b --selections keep,gate4,tiers --int8 "${small[@]}"
     timeout 60 "$PYTHON" benchmarks/kernel_bandwidth.py --tiny || failed=1
     bench 300 qwen-moe-b2 --shape qwen1.5-moe --batch 2 --selections keep "${small[@]}"
 else
     "$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no GPU here: try --tiny'" || exit 1
     if "$PYTHON" -c "import pytest, hypothesis" 2>/dev/null; then
-        timeout 120 "$PYTHON" -m pytest -q tests/kernels/test_kernels.py tests/runtime/test_on_gpu.py || failed=1
+        timeout 120 "$PYTHON" -m pytest -q tests/kernels tests/runtime/test_on_gpu.py || failed=1
     fi
     timeout 60 "$PYTHON" benchmarks/kernel_bandwidth.py || failed=1
     full=(--dtype bfloat16 --layers 8 --rounds 2)
-    bench 110 llama-b1 --shape llama-3.1-8b --selections mask,keep,gate16,gate4 --ratios 0.4 --int8 "${full[@]}"
+    bench 110 llama-b1 --shape llama-3.1-8b --selections mask,keep,gate4,tiers,tiers8 --ratios 0.4 --int8 "${full[@]}"
     bench 60 llama-b8 --shape llama-3.1-8b --batch 8 --selections keep,gate16 --ratios 0.4 "${full[@]}"
-    bench 90 qwen-moe-b1 --shape qwen1.5-moe --selections keep,gate16,gate4 --ratios 0.2 "${full[@]}"
+    bench 90 qwen-moe-b1 --shape qwen1.5-moe --selections keep,gate4,tiers --ratios 0.2 "${full[@]}"
     bench 60 qwen-moe-b8 --shape qwen1.5-moe --batch 8 --selections keep --ratios 0.2 "${full[@]}"
     bench 80 qwen-vl-b1 --shape qwen2.5-vl-7b --selections keep,gate16 --ratios 0.4 "${full[@]}"
     bench 50 qwen-vl-b8 --shape qwen2.5-vl-7b --batch 8 --selections keep --ratios 0.4 "${full[@]}"

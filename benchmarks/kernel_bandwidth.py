@@ -5,6 +5,7 @@ python benchmarks/kernel_bandwidth.py [--tiny]  # on CUDA in bfloat16 if there i
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from popmm import kernels
+from popmm.kernels import planes
 from popmm.kernels.twin import quantise
 from popmm.method.expert_linear import _grouped
+from popmm.method.tiers import row_bits
 
 TINY = "--tiny" in sys.argv
 D_MODEL, D_FF, EXPERTS, ROUTED = (64, 256, 8, 2) if TINY else (4096, 14336, 32, 4)
@@ -36,6 +39,18 @@ def seconds(run: Callable[[int], object], device: str) -> float:
     return statistics.median(times[len(times) // 4 :])
 
 
+def linear(nested: list, bits: int, x: torch.Tensor, i: int) -> torch.Tensor:
+    return kernels.planes_linear(nested[i], bits, x)
+
+
+def dot(nested: list, bits: int, index: torch.Tensor, x: torch.Tensor, i: int) -> torch.Tensor:
+    return kernels.planes_dot(nested[i], bits, index, x)
+
+
+def add(nested: list, bits: int, index: torch.Tensor, h: torch.Tensor, i: int) -> torch.Tensor:
+    return kernels.planes_add(nested[i], bits, index, h)
+
+
 def measure(device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weights = [torch.randn(D_FF, D_MODEL, device=device).to(dtype) for _ in range(MATRICES)]
@@ -49,6 +64,7 @@ def measure(device: str, dtype: torch.dtype) -> None:
     size = weights[0].element_size()
     every, some = D_FF * D_MODEL * size, ROUTED * D_FF // EXPERTS * D_MODEL * size
     rows: dict[str, tuple[Callable, float]] = {
+        "reading (a sum)": (lambda i: weights[i].view(torch.int32).sum(dtype=torch.int32), every),
         "dense product": (lambda i: F.linear(x, weights[i]), every),
         "gather_dot, half of the rows": (lambda i: kernels.gather_dot(weights[i], index, x), every / 2),
         "gather_sum, half of the rows": (lambda i: kernels.gather_sum(weights[i], index, h), every / 2),
@@ -62,6 +78,12 @@ def measure(device: str, dtype: torch.dtype) -> None:
         ),
         f"block_dot, {ROUTED} of {EXPERTS} experts": (lambda i: kernels.block_dot(stacks[i], pairs, routed), some),
     }
+    nested, wide = [planes.encode(w) for w in weights], x.float()
+    for bits in (8, 6, 4):
+        n_bytes = every / size * row_bits(bits, 64) / 8
+        rows[f"planes, {bits} bits, all rows"] = (functools.partial(linear, nested, bits, wide), n_bytes)
+        rows[f"planes, {bits} bits, dot, half"] = (functools.partial(dot, nested, bits, index, wide), n_bytes / 2)
+        rows[f"planes, {bits} bits, sum, half"] = (functools.partial(add, nested, bits, index, h.float()), n_bytes / 2)
     if device == "cuda":
         rows["grouped product, the same experts"] = (lambda i: _grouped(pairs, stacks[i], routed), some)
     print(f"\n{device}, {str(dtype).removeprefix('torch.')}, {D_FF} x {D_MODEL}")

@@ -48,7 +48,13 @@ class Way:
 
 
 def ways(
-    model, selections: list[str], ratios: list[float], layouts: list[str], compiled: bool, int8: bool = False
+    model,
+    selections: list[str],
+    ratios: list[float],
+    layouts: list[str],
+    compiled: bool,
+    int8: bool = False,
+    rest_bits: int = 16,
 ) -> list[Way]:
     """Dense rows, then one for each selection, ratio and layout. A selection may carry its bits: ``gate4``."""
     has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
@@ -67,7 +73,7 @@ def ways(
             for layout in layouts:
                 which = {"gate": "gate_bits", "tiers": "weight_bits"}.get(name, "gate_bits")
                 how = {which: int(bits)} if bits else {}
-                config = PopConfig(pruning_ratio=ratio, selection=name, layout=layout, **how)
+                config = PopConfig(pruning_ratio=ratio, selection=name, layout=layout, rest_bits=rest_bits, **how)
                 label = f"{selection} {ratio:.0%}" + (f" {layout}" if len(layouts) > 1 else "")
                 rows.append(Way(label, config, compiled))
     return rows
@@ -166,6 +172,8 @@ class Bench:
         way.prefills += prefills
         if state is not None:
             way.skipped = state.channels_skipped()
+            own, plain = state.rest_bytes()
+            way.saved = 0, plain - own
             way.ffn_bytes, way.buffers = pruned_ffn_bytes(state, self.batch), state.buffer_bytes()
             way.partitions.append(state.partition_seconds())
         if self.device.type == "cuda":

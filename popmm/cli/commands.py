@@ -177,7 +177,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.int8 and importlib.util.find_spec("torchao") is None:
         print("no int8 row: torchao is not installed (pip install torchao)", file=sys.stderr)
         args.int8 = False
-    rows = ways(model, selections, ratios, layouts, compiled, args.int8)
+    rows = ways(model, selections, ratios, layouts, compiled, args.int8, args.rest_bits)
     found = Bench(model, args.batch, args.prompt_tokens, args.new_tokens).run(rows, args.rounds)
     name = f"{args.shape or args.model}{' (tiny)' if args.tiny else ''}"
     title = f"{name}, {str(model.dtype).removeprefix('torch.')}, batch {args.batch}"

@@ -117,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     yes_or_no = argparse.BooleanOptionalAction
     bench.add_argument("--compiled", action=yes_or_no, help="torch.compile with static caches (on CUDA only)")
     bench.add_argument("--int8", action="store_true", help="a dense row with int8 weights too, by torchao")
+    bench.add_argument("--rest-bits", type=int, default=16, help="of attention and the output layer (%(default)s)")
     bench.add_argument("--json", type=Path, help="also write the rows here")
     bench.add_argument("--plot", type=Path, help="also draw speed-up against bytes here")
     bench.set_defaults(run=_later("popmm.cli.commands:bench"))

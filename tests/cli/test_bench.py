@@ -91,6 +91,6 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
     results = json.loads((tmp_path / "suite.json").read_text())
     rows = [row for result in results for row in result["rows"]]
     labels = {row["row"] for row in rows} - {"dense int8 (torchao), compiled"}  # where torchao is installed
-    assert labels == {"dense eager", "dense compiled", "keep 20%", "gate4 20%"}
+    assert labels == {"dense eager", "dense compiled", "keep 20%", "gate4 20%", "tiers 20%"}
     assert all(row["recompilations"] == 0 for row in rows if not row["row"].startswith("dense"))
     assert "| keep 20% |" in run.stdout
