@@ -40,7 +40,7 @@ def seconds(run: Callable[[int], object], device: str) -> float:
 
 
 def linear(nested: list, bits: int, x: torch.Tensor, i: int) -> torch.Tensor:
-    return kernels.planes_linear(nested[i], bits, x)
+    return kernels.PlanesLinear(nested[i], bits)(x)
 
 
 def dot(nested: list, bits: int, index: torch.Tensor, x: torch.Tensor, i: int) -> torch.Tensor:

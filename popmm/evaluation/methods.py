@@ -15,7 +15,7 @@ from popmm.budget import ratio_of
 from popmm.config import PopConfig
 from popmm.evaluation import baselines
 from popmm.kernels.planes import rounded
-from popmm.kernels.twin import GROUP
+from popmm.kernels.twin import GROUP, group_of
 from popmm.layouts.traffic import SizesRule, bytes_read, sizes_for, with_bits
 from popmm.method.budget import region_sizes
 from popmm.state import PartitionState
@@ -84,8 +84,11 @@ METHODS: dict[str, Method] = {
 
 def methods_for(model) -> list[str]:
     """Names of the methods that apply to a model."""
-    has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
-    return [name for name, method in METHODS.items() if has_experts or not method.experts_only]
+    sites = list(describe(model, probe=False).sites())
+    has_experts = any(site.is_experts for site in sites)
+    in_groups = all(group_of(site.weights().d_model) >= 16 for site in sites)
+    found = {name: method for name, method in METHODS.items() if has_experts or not method.experts_only}
+    return [name for name, m in found.items() if in_groups or not m.fixed or m.weight_bits is not None]
 
 
 def check_known(names: list[str]) -> None:

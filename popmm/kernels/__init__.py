@@ -77,7 +77,8 @@ def _planes_dot(rows: list[Tensor], bits: int, index: Tensor, x: Tensor) -> Tens
 
 def _planes_linear(rows: list[Tensor], bits: int, x: Tensor) -> Tensor:
     own = Planes(*rows)
-    return _planes_room(own).planes_linear(own, bits, x)
+    room = _planes_room(own)
+    return room.PlanesLinear(own, bits)(x)
 
 
 def _planes_add(rows: list[Tensor], bits: int, index: Tensor, h: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def _tiers_ffn(
 ) -> tuple[Tensor, Tensor]:
     own = [Planes(*parts[i : i + 4]) for i in (0, 4, 8)]
     tiers = list(zip(bits, counts))
-    return native.tiers_ffn(own, d_ff, rms, norms, (gate_bias, up_bias), activation, tiers, first, x)
+    return native.TiersFFN(own, d_ff, rms, norms, (gate_bias, up_bias), activation, tiers)(first, x)
 
 
 _FUNCTIONS = (
@@ -212,9 +213,17 @@ def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
     return (_ops["_planes_dot"] if torch.compiler.is_compiling() else _planes_dot)([*rows], bits, index, x)
 
 
-def planes_linear(rows: Planes, bits: int, x: Tensor) -> Tensor:
-    """``x @ rows.T``, float32 ``[n, n_rows]``, rows read in ``bits`` bits, each of the few x by itself."""
-    return (_ops["_planes_linear"] if torch.compiler.is_compiling() else _planes_linear)([*rows], bits, x)
+class PlanesLinear:
+    """``x @ rows.T`` for few x ``[n, d]``, rows read in ``bits`` bits for each of them, float32 ``[n, n_rows]``."""
+
+    def __init__(self, rows: Planes, bits: int) -> None:
+        self._rows, self._bits = [*rows], bits
+        self._eager = native.PlanesLinear(rows, bits) if native.serves_planes(rows) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _ops["_planes_linear"](self._rows, self._bits, x)
+        return _planes_linear(self._rows, self._bits, x) if self._eager is None else self._eager(x)
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
@@ -224,18 +233,8 @@ def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     return (_ops["_planes_add"] if torch.compiler.is_compiling() else _planes_add)([*rows], bits, index, h)
 
 
-def tiers_ffn(
-    parts: Sequence[Planes],
-    d_ff: int,
-    rms: Tensor,
-    norms: Tensor,
-    biases: tuple[Tensor | None, Tensor | None],
-    activation: str,
-    tiers: Sequence[tuple[int, int]],
-    first: Tensor,
-    x: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """FFNs in tiers at one call, on the CPU with the C kernels (``serves_tiers``).
+class TiersFFN:
+    """FFNs in tiers at one call, on the CPU with the C kernels (``serves_tiers``), of weights that stay where they are.
 
     Args:
         parts: nested planes of gate, up and down, rows ``[n_ffns * d_ff, d_model]``.
@@ -243,15 +242,31 @@ def tiers_ffn(
         biases: of gate and up, of all rows, or None.
         activation: one of ``native.ACTIVATIONS``.
         tiers: (bits, channels), the best first.
-        first: row of each x's first channel, int64 ``[n]``.
-        x: float32 ``[n, d_model]``.
-
-    Returns:
-        y, float32 ``[n, d_model]``, without down's bias; channels read, int64 ``[n, K]``.
     """
-    op = _ops["_tiers_ffn"] if torch.compiler.is_compiling() else _tiers_ffn
-    bits, counts = [b for b, _ in tiers], [n for _, n in tiers]
-    return op([t for rows in parts for t in rows], d_ff, rms, norms, *biases, activation, bits, counts, first, x)
+
+    def __init__(
+        self,
+        parts: Sequence[Planes],
+        d_ff: int,
+        rms: Tensor,
+        norms: Tensor,
+        biases: tuple[Tensor | None, Tensor | None],
+        activation: str,
+        tiers: Sequence[tuple[int, int]],
+    ) -> None:
+        self._eager = native.TiersFFN(parts, d_ff, rms, norms, biases, activation, tiers)
+        bits, counts = [b for b, _ in tiers], [n for _, n in tiers]
+        self._arguments = [t for rows in parts for t in rows], d_ff, rms, norms, *biases, activation, bits, counts
+
+    def __call__(self, first: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens x, float32 ``[n, d_model]``, each through the FFN whose rows begin at ``first``, int64 ``[n]``.
+
+        Returns:
+            y, float32 ``[n, d_model]``, without down's bias; channels read, int64 ``[n, K]``.
+        """
+        if torch.compiler.is_compiling():
+            return _ops["_tiers_ffn"](*self._arguments, first, x)
+        return self._eager(first, x)
 
 
 def serves_planes(rows: Planes) -> bool:
@@ -260,5 +275,5 @@ def serves_planes(rows: Planes) -> bool:
 
 
 def serves_tiers(rows: Planes) -> bool:
-    """Whether ``tiers_ffn`` serves FFNs of such planes."""
+    """Whether ``TiersFFN`` serves FFNs of such planes."""
     return native.serves_planes(rows)

@@ -94,12 +94,18 @@ def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def planes_linear(rows: Planes, bits: int, x: Tensor) -> Tensor:
-    planes, n_rows, d = _planes(rows, bits)
-    x = _floats(x, "x", (len(x), d))
-    out = torch.empty(len(x), n_rows, dtype=torch.float32, device="cpu")
-    _run("planes_dot", x, n_rows, *planes, None, len(x), n_rows, _p(x), _p(out))
-    return out
+class PlanesLinear:
+    """``x @ rows.T`` of rows that stay where they are: checked once, called many times."""
+
+    def __init__(self, rows: Planes, bits: int) -> None:
+        found, self.n_rows, self.d = _planes(rows, bits)
+        self._held, self._before = rows, [*found, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = _floats(x, "x", (len(x), self.d))
+        out = torch.empty(len(x), self.n_rows, dtype=torch.float32, device="cpu")
+        _run("planes_dot", x, self.n_rows, *self._before, len(x), self.n_rows, _p(x), _p(out))
+        return out
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
@@ -115,53 +121,45 @@ def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")  # in the order of planes.c
 
 
-def tiers_ffn(
-    parts: Sequence[Planes],
-    d_ff: int,
-    rms: Tensor,
-    norms: Tensor,
-    biases: Sequence[Tensor | None],
-    activation: str,
-    tiers: Sequence[tuple[int, int]],
-    first: Tensor,
-    x: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See ``popmm.kernels.tiers_ffn``."""
-    found = [_planes(rows, 8) for rows in parts]
-    (_, n_rows, d), (n, _) = found[0], x.shape
-    group = parts[0].group
-    if any(sizes[1:] != (n_rows, d) or rows.group != group for sizes, rows in zip(found, parts)) or n_rows % d_ff:
-        raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in parts]} are no FFNs of d_ff={d_ff}")
-    bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
-    if not tiers or any(b not in (4, 6, 8) for b in bits) or min(counts) < 0 or not 0 < sum(counts) <= d_ff:
-        raise ValueError(f"tiers {tuple(tiers)} of {d_ff} channels: give (8, 6 or 4 bits, channels)")
-    first, x = _index(first, "first", 1), _floats(x, "x", (len(first), d))
-    rms, norms = _floats(rms.flatten(), "rms", (n_rows,)), _floats(norms.flatten(), "norms", (n_rows,))
-    biases = [None if bias is None else _floats(bias.flatten(), "bias", (n_rows,)) for bias in biases]
-    y = torch.empty(n, d, dtype=torch.float32, device="cpu")
-    index = torch.empty(n, sum(counts), dtype=torch.int64, device="cpu")
-    addresses = [(ctypes.c_void_p * 4)(*map(_p, rows)) for rows in parts]
-    numbers = [(ctypes.c_int64 * len(tiers))(*own) for own in (bits, counts)]
-    own = [None if bias is None else _p(bias) for bias in biases]
-    sizes = n_rows, d, group, d_ff
-    how = ACTIVATIONS.index(activation), len(tiers), *numbers
-    _run(
-        "tiers_ffn",
-        first,
-        n_rows - d_ff + 1,
-        *addresses,
-        *sizes,
-        _p(rms),
-        _p(norms),
-        *own,
-        *how,
-        _p(first),
-        n,
-        _p(x),
-        _p(y),
-        _p(index),
-    )
-    return y, index
+class TiersFFN:
+    """``popmm.kernels.tiers_ffn`` of weights that stay where they are: checked once, called many times."""
+
+    def __init__(
+        self,
+        parts: Sequence[Planes],
+        d_ff: int,
+        rms: Tensor,
+        norms: Tensor,
+        biases: Sequence[Tensor | None],
+        activation: str,
+        tiers: Sequence[tuple[int, int]],
+    ) -> None:
+        found = [_planes(rows, 8) for rows in parts]
+        _, n_rows, self.d = found[0]
+        group = parts[0].group
+        same = all(sizes[1:] == (n_rows, self.d) and rows.group == group for sizes, rows in zip(found, parts))
+        if not same or n_rows % d_ff:
+            raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in parts]} are no FFNs of d_ff={d_ff}")
+        bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
+        if not tiers or any(b not in (4, 6, 8) for b in bits) or min(counts) < 0 or not 0 < sum(counts) <= d_ff:
+            raise ValueError(f"tiers {tuple(tiers)} of {d_ff} channels: give (8, 6 or 4 bits, channels)")
+        vectors = [_floats(t.flatten(), name, (n_rows,)) for t, name in ((rms, "rms"), (norms, "norms"))]
+        vectors += [None if bias is None else _floats(bias.flatten(), "bias", (n_rows,)) for bias in biases]
+        self._held = (parts, vectors)  # whose addresses follow
+        self.read, self.last = sum(counts), n_rows - d_ff
+        self._before = [(ctypes.c_void_p * 4)(*map(_p, rows)) for rows in parts]
+        self._before += [n_rows, self.d, group, d_ff, *(None if t is None else _p(t) for t in vectors)]
+        self._before += [ACTIVATIONS.index(activation), len(tiers)]
+        self._before += [(ctypes.c_int64 * len(tiers))(*own) for own in (bits, counts)]
+
+    def __call__(self, first: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = _index(first, "first", 1)
+        n = len(first)
+        x = _floats(x, "x", (n, self.d))
+        y = torch.empty(n, self.d, dtype=torch.float32, device="cpu")
+        index = torch.empty(n, self.read, dtype=torch.int64, device="cpu")
+        _run("tiers_ffn", first, self.last + 1, *self._before, _p(first), n, _p(x), _p(y), _p(index))
+        return y, index
 
 
 def choose(score: Tensor, k: int) -> Tensor:

@@ -112,8 +112,14 @@ def planes_dot(rows: Planes, bits: int, index: Tensor | None, x: Tensor) -> Tens
     return out
 
 
-def planes_linear(rows: Planes, bits: int, x: Tensor) -> Tensor:
-    return planes_dot(rows, bits, None, x)
+class PlanesLinear:
+    """All rows, for each x by itself."""
+
+    def __init__(self, rows: Planes, bits: int) -> None:
+        self._how = rows, bits, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return planes_dot(*self._how, x)
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:

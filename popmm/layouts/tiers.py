@@ -38,7 +38,8 @@ class TiersLayout:
         self.norms: Tensor | None = None  # float32 [(E,) d_ff]
         self.marks: list[Tensor] = []
         self.gate = self.up = self.down = None  # Planes of rows [(E *) d_ff, d_model]
-        self.combine, self.activation = combine, None  # by name, if it is one that has a kernel
+        self.combine = combine
+        self.whole: kernels.TiersFFN | None = None  # the FFN at one call, where its activation has a kernel
         self._source: tuple | None = None
 
     def allocate(self, source: FFNWeights) -> None:
@@ -48,15 +49,21 @@ class TiersLayout:
                 for part, rows in (("gate", source.gate), ("up", source.up), ("down", source.down.mT)):
                     setattr(self, part, self._encoded(part, rows))
                 self.has_kernels = kernels.serves_planes(self.gate)
-                whole = kernels.serves_tiers(self.gate)
-                self.activation = recognised(self.combine, self.norms.device) if whole else None
                 self.rms = torch.zeros_like(self.norms)
                 self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
                 self.order = torch.arange(source.d_ff, dtype=torch.int64, device=self.norms.device).expand(
                     self.norms.shape
                 )
                 fix_addresses(self)
+                self.whole = self._at_one_call()
             self._source = identities(source)
+
+    def _at_one_call(self) -> kernels.TiersFFN | None:
+        name = recognised(self.combine, self.norms.device) if kernels.serves_tiers(self.gate) else None
+        if name is None:
+            return None
+        parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
+        return kernels.TiersFFN(parts, self.sizes.d_ff, self.rms, self.norms, biases, name, self.sizes.tiers)
 
     def _encoded(self, part: str, rows: Tensor) -> Planes:
         """Of experts one after the other, for their float32 copies are large."""
@@ -79,11 +86,6 @@ class TiersLayout:
         """Whether ``decode`` is to be preferred to ``decode_all``, which writes all weights out for any number."""
         return n_tokens * self.sizes.budget <= self.sizes.read * (SMALL_BATCH if self.has_kernels else 1)
 
-    @property
-    def at_one_call(self) -> bool:
-        """Whether a kernel computes a whole FFN of this activation."""
-        return self.activation is not None
-
     def rewind(self) -> None:
         """Nothing: channels stay where they are."""
 
@@ -105,10 +107,8 @@ class TiersLayout:
         """
         with without_autocast(x.device):
             x, first = x.float(), self._first(x, experts)
-            if self.at_one_call and not kernels.needs_gradient(x):
-                parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
-                how = self.activation, self.sizes.tiers, first.squeeze(1)
-                y, index = kernels.tiers_ffn(parts, self.sizes.d_ff, self.rms, self.norms, biases, *how, x)
+            if self.whole is not None and not kernels.needs_gradient(x):
+                y, index = self.whole(first.squeeze(1), x)
                 return _with(y, self.down_bias, experts), index
             g = kernels.planes_dot(self.gate, BASE_BITS, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
             g = _with(g, self.gate_bias, experts)
@@ -166,7 +166,7 @@ class TiersLayout:
 
     def release(self) -> None:
         """Drops the planes. May be called again."""
-        self.gate = self.up = self.down = self._source = None
+        self.gate = self.up = self.down = self.whole = self._source = None
 
     def bytes(self) -> int:
         held = [t for part in (self.gate, self.up, self.down) if part is not None for t in part]

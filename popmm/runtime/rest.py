@@ -44,7 +44,8 @@ class RestLayer:
                     "checkpoint, or give rest_bits=16"
                 )
             self.planes, self._identity, self._marks = planes.encode(weight), identity(weight), [marks_of(weight)]
-            self._has_kernels = kernels.serves_planes(self.planes)
+            served = kernels.serves_planes(self.planes)
+            self._product = kernels.PlanesLinear(self.planes, self.bits) if served else None
 
     def check(self) -> None:
         """Called before each prompt: reads weights that have changed again."""
@@ -63,8 +64,8 @@ class RestLayer:
             return self.dense_forward(x)
         rows = x.reshape(n_tokens, x.shape[-1])
         with without_autocast(x.device):
-            if self._has_kernels and n_tokens <= SMALL_BATCH:
-                y = kernels.planes_linear(self.planes, self.bits, rows.float())
+            if self._product is not None and n_tokens <= SMALL_BATCH:
+                y = self._product(rows.float())
             else:
                 y = F.linear(rows.float(), planes.decode(self.planes, self.bits))
             if self.module.bias is not None:
@@ -78,7 +79,7 @@ class RestLayer:
         return round(own), weight.numel() * weight.element_size()
 
     def release(self) -> None:
-        self.planes = None
+        self.planes = self._product = None
 
 
 def rest_layers(model: nn.Module, decoder: nn.Module, bits: int, phase: Phase) -> Iterator[RestLayer]:

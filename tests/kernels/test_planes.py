@@ -153,7 +153,7 @@ def test_a_whole_ffn_is_made_of_single_products(activation, biased, size):
         torch.tensor([d_ff, 0, d_ff]),
         torch.randn(3, d, generator=generator),
     )
-    y, index = kernels.tiers_ffn(parts, d_ff, rms, norms, biases, activation, tiers, first, x)
+    y, index = kernels.TiersFFN(parts, d_ff, rms, norms, biases, activation, tiers)(first, x)
     act = ACTIVATIONS[activation]
     for t in range(3):
         own = slice(int(first[t]), int(first[t]) + d_ff)
@@ -190,7 +190,9 @@ def test_an_ffn_of_wrong_sizes_is_refused():
         dict(biases=(torch.ones(3), None)),
     ):
         with pytest.raises(ValueError):
-            native.tiers_ffn(parts, **{**good, **change})
+            given = {**good, **change}
+            first, x = given.pop("first"), given.pop("x")
+            native.TiersFFN(parts, **given)(first, x)
 
 
 def test_activations_are_known_by_their_values():
@@ -213,7 +215,7 @@ for n_rows, d in ((7, 64), (20, 192), (12, 96), (9, 144)):
             close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
             close(room.planes_dot(p, bits, index, x), planes.dot(p, bits, index, x))
             close(room.planes_add(p, bits, index, h), planes.add(p, bits, index, h))
-            close(room.planes_linear(p, bits, x), x @ planes.decode(p, bits).T)
+            close(room.PlanesLinear(p, bits)(x), x @ planes.decode(p, bits).T)
 print("fine")
 """
 
