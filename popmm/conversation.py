@@ -65,7 +65,7 @@ class Conversation:
             if config is not None:
                 self.state = attach(self.model, config)
             self._config = config
-        except Exception:
+        except Exception:  # raised again, once the model is as it was before
             if before is not None:
                 self.state, self._config = attach(self.model, before), before
             raise

@@ -18,9 +18,10 @@ from popmm.kernels.planes import rounded
 from popmm.kernels.twin import GROUP, group_of
 from popmm.layouts.traffic import SizesRule, bytes_read, sizes_for, with_bits
 from popmm.method.budget import region_sizes
+from popmm.method.tiers import PLAIN_BITS
 from popmm.state import PartitionState
 
-PLAIN = 2  # bytes of a weight in 16 bits, of which shares are told whatever the model's dtype
+PLAIN = PLAIN_BITS // 8  # bytes of a weight in 16 bits, of which shares are told whatever the model's dtype
 
 
 @dataclass(frozen=True)

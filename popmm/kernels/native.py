@@ -122,7 +122,7 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")  # in the order of planes.c
 
 
 class TiersFFN:
-    """``popmm.kernels.tiers_ffn`` of weights that stay where they are: checked once, called many times."""
+    """``popmm.kernels.TiersFFN``: of weights that stay where they are: checked once, called many times."""
 
     def __init__(
         self,

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from popmm.kernels.precision import without_autocast
-from popmm.kernels.twin import ROWS_AT_ONCE, as_half, group_of
+from popmm.kernels.twin import ROWS_AT_ONCE, as_half, best_scale, codes_of, extreme_of, group_of
 
 # scales that are tried: the group's weight of largest magnitude becomes this code (or is clipped to the last one)
 CODES_OF_EXTREME = (-8.0, -7.6, -7.2, -6.8, -6.24, 7.0, 6.5, 6.0)
+BASE_BITS = 4  # of the first plane
 MIDDLE = {4: 8.0, 6: 33.5, 8: 135.5}
 
 
@@ -50,35 +51,26 @@ def _encode(rows: Tensor) -> Planes:
     n, d = rows.shape
     group = group_of(d)
     parts = rows.view(n, d // group, group)
-    scale = best_scale(parts, 4)
+    scale = _scale(parts, BASE_BITS)
     value = parts / scale.float().unsqueeze(-1)
-    code = value.round().clamp_(-8, 7)
+    code = codes_of(parts, scale, BASE_BITS)
     cell = ((value - code + 0.5) * 16).floor().clamp_(0, 15).to(torch.uint8)
     low, high = (code + 8).to(torch.uint8).chunk(2, dim=-1)
     base = (low | (high << 4)).reshape(n, d // 2)
     return Planes(base, _pairs(cell >> 2).reshape(n, d // 4), _pairs(cell & 3).reshape(n, d // 4), scale)
 
 
-def best_scale(parts: Tensor, bits: int) -> Tensor:
-    """Of a few scales of each group ``[..., group]`` the one of least squared error, float16, of either sign."""
-    extreme = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    highest = 2 ** (bits - 1)
-    scale = least = None
-    for code in CODES_OF_EXTREME:
-        own = as_half(extreme / (code * highest / 8))
-        wide = own.float().unsqueeze(-1)
-        error = ((parts / wide).round().clamp_(-highest, highest - 1) * wide - parts).square().sum(-1)
-        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
-        scale = own if scale is None else torch.where(better, own, scale)
-        least = error if least is None else torch.where(better, error, least)
-    return scale
-
-
 def rounded(rows: Tensor, bits: int, group: int) -> Tensor:
     """Rows ``[n, d]`` rounded to nearest in so many bits by themselves, as a plain quantiser does, float32."""
     parts = rows.float().view(len(rows), -1, group)
-    scale, highest = best_scale(parts, bits).float().unsqueeze(-1), 2 ** (bits - 1)
-    return ((parts / scale).round().clamp_(-highest, highest - 1) * scale).flatten(1)
+    scale = _scale(parts, bits)
+    return (codes_of(parts, scale, bits) * scale.float().unsqueeze(-1)).flatten(1)
+
+
+def _scale(parts: Tensor, bits: int) -> Tensor:
+    """Scales of groups ``[..., group]``, float16, of either sign."""
+    extreme, highest = extreme_of(parts), 2 ** (bits - 1)
+    return best_scale(parts, bits, (as_half(extreme / (code * highest / 8)) for code in CODES_OF_EXTREME))
 
 
 def _pairs(cells: Tensor) -> Tensor:

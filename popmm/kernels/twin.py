@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -76,18 +77,41 @@ def _quantise(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     highest = 2 ** (bits - 1) - 1
     if bits == 8:
         scale = as_half(parts.abs().amax(-1) / highest)
-        return _codes(parts, scale, bits).to(torch.int8).view(n, d), scale
-    # codes reach from -8 to 7, so the sign of the scale decides which side has the further one
-    extreme = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    scale, least = None, None
-    for factor in SCALES_4_BIT:
-        own = as_half(factor * extreme)
-        error = (_codes(parts, own, bits) * own.float().unsqueeze(-1) - parts).square().sum(-1)
-        better = None if scale is None else error < least
-        scale = own if scale is None else torch.where(better, own, scale)
-        least = error if least is None else torch.where(better, error, least)
-    low, high = (_codes(parts, scale, bits) + 8).to(torch.uint8).chunk(2, dim=-1)
+        return codes_of(parts, scale, bits).to(torch.int8).view(n, d), scale
+    extreme = extreme_of(parts)
+    scale = best_scale(parts, bits, (as_half(factor * extreme) for factor in SCALES_4_BIT))
+    low, high = (codes_of(parts, scale, bits) + 8).to(torch.uint8).chunk(2, dim=-1)
     return (low | (high << 4)).reshape(n, d // 2), scale
+
+
+def extreme_of(parts: Tensor) -> Tensor:
+    """Each group's weight of largest magnitude ``[...]``, of groups ``[..., group]``.
+
+    Codes reach one further down than up, so the sign of the scale decides which side has the further one.
+    """
+    return parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def best_scale(parts: Tensor, bits: int, scales: Iterable[Tensor]) -> Tensor:
+    """Of some scales of each group of weights ``[..., group]`` the one of least squared error, the first of equals."""
+    best = least = None
+    for scale in scales:
+        error = (codes_of(parts, scale, bits) * scale.float().unsqueeze(-1) - parts).square().sum(-1)
+        if best is None:
+            best, least = scale, error
+            continue
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
+
+
+def check_finite(weights: Tensor, whose: str, instead: str) -> None:
+    """Refuses to quantise what is no number, with what to give instead."""
+    if not all(torch.isfinite(own).all() for own in (weights if weights.ndim == 3 else (weights,))):
+        raise ValueError(
+            f"{whose} weights that are no finite numbers, which cannot be quantised: mend the checkpoint, or give "
+            f"{instead}"
+        )
 
 
 def as_half(scale: Tensor) -> Tensor:
@@ -96,7 +120,8 @@ def as_half(scale: Tensor) -> Tensor:
     return torch.where(scale < 0, -size, size)
 
 
-def _codes(parts: Tensor, scale: Tensor, bits: int) -> Tensor:
+def codes_of(parts: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Weights ``[..., group]`` as the nearest whole numbers of a scale that so many bits hold."""
     highest = 2 ** (bits - 1) - 1
     return (parts / scale.float().unsqueeze(-1)).round().clamp(-highest - 1, highest)
 

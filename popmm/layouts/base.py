@@ -9,7 +9,8 @@ import torch._dynamo
 from torch import Tensor
 
 from popmm.method.budget import RegionSizes
-from popmm.method.ffn import FFNWeights
+from popmm.method.ffn import FFNWeights, identities
+from popmm.method.fingerprint import fingerprint, same
 from popmm.method.partition import FFNPartition
 
 
@@ -52,6 +53,26 @@ class LayoutContract(Protocol):
 
     def bytes(self) -> int:
         """Memory held beside the model's own weights."""
+
+
+class ChannelsStay:
+    """Of a layout whose channels stay where they are in the model's own weights."""
+
+    norms: Tensor | None
+    marks: list[Tensor]
+    _source: tuple | None  # ``identities`` of the weights that it was made for
+
+    def fits(self, source: FFNWeights) -> bool:
+        return self._source == identities(source) and same(self.marks, fingerprint(source))
+
+    def rewind(self) -> None:
+        """Nothing."""
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        return values
+
+    def positions(self, channels: Tensor) -> Tensor:
+        return channels
 
 
 def fix_addresses(owner: object) -> None:

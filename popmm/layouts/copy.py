@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from popmm.layouts.base import fix_addresses
+from popmm.layouts.base import ChannelsStay, fix_addresses
 from popmm.method.budget import RegionSizes
 from popmm.method.ffn import FFNWeights, down_norm, gather, identities
-from popmm.method.fingerprint import fingerprint, same
+from popmm.method.fingerprint import fingerprint
 from popmm.method.partition import FFNPartition
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PAD = 16  # on the CPU, torch's 16-bit product with another number of rows takes twice as long
 
 
-class CopyLayout:
+class CopyLayout(ChannelsStay):
     """Retained and candidate channels gathered into static buffers, in reading order [R | C].
 
     Buffers keep their addresses and shapes from prompt to prompt, so a compiled decode step stays valid.
@@ -82,13 +82,6 @@ class CopyLayout:
             self.down_norm = self.norms.new_empty(*self.norms.shape[:-1], n)
             fix_addresses(self)
 
-    def fits(self, source: FFNWeights) -> bool:
-        """Whether norms and buffers still belong to these weights: the model may have moved or been reloaded."""
-        return self._source == identities(source) and same(self.marks, fingerprint(source))
-
-    def rewind(self) -> None:
-        """Nothing: the model's own weights stay where they are."""
-
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor | None) -> None:
         """Gathers the partition's channels into the buffers, in place.
 
@@ -119,14 +112,6 @@ class CopyLayout:
     def reading_order(self) -> Tensor:
         """Channels in the order in which decode reads them, int64 ``[(E,) |R| + |C|]``."""
         return self._order
-
-    def by_channel(self, values: Tensor) -> Tensor:
-        """Values ``[(E,) d_ff]`` of h as it lies, in the model's own channel numbers: here the same."""
-        return values
-
-    def positions(self, channels: Tensor) -> Tensor:
-        """Where channels lie: here in their own places."""
-        return channels
 
     def release(self) -> None:
         """Drops the buffers."""

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from popmm import kernels
 from popmm.kernels.precision import without_autocast
-from popmm.kernels.twin import group_of, quantise
-from popmm.layouts.base import fix_addresses
+from popmm.kernels.twin import check_finite, group_of, quantise
+from popmm.layouts.base import ChannelsStay, fix_addresses
 from popmm.layouts.turned import Turned
 from popmm.method.budget import RegionSizes
 from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, gather, identities
-from popmm.method.fingerprint import fingerprint, same
+from popmm.method.fingerprint import fingerprint
 from popmm.method.partition import FFNPartition
 
 
@@ -48,7 +48,7 @@ def as_rows(w: Tensor) -> tuple[Rows, bool]:
     return Rows(w.as_strided((n, w.shape[2]), (w.stride(1), 1), w.storage_offset()), step), in_place
 
 
-class GateLayout:
+class GateLayout(ChannelsStay):
     """Gate rows of the U channels in R and C together, up rows where they are, down by channel.
 
     ``copy`` holds down's columns a second time as rows; ``permute`` stores the model's own down projection by
@@ -92,11 +92,7 @@ class GateLayout:
                 self._buffers.append(self.down.rows)
             if self.bits < 16:
                 flat = source.gate.detach().reshape(-1, d_model)
-                if not torch.isfinite(flat).all():
-                    raise ValueError(
-                        f"{self.site} holds gate weights that are no finite numbers, which cannot be quantised: "
-                        "mend the checkpoint, or give gate_bits=16"
-                    )
+                check_finite(flat, f"{self.site} holds gate", "gate_bits=16")
                 self.gate = quantise(flat, self.bits, group_of(d_model))
                 self._buffers += self.gate
             elif self.all_channels:
@@ -115,25 +111,13 @@ class GateLayout:
             fix_addresses(self)
             self._source = identities(source)
 
-    def fits(self, source: FFNWeights) -> bool:
-        return self._source == identities(source) and same(self.marks, fingerprint(source))
-
     def gathers(self, n_tokens: int) -> bool:
         """Whether reading each token's own rows is less than reading all of U."""
         return n_tokens * self.sizes.budget <= self.sizes.read
 
-    def rewind(self) -> None:
-        """Nothing: channels stay where they are."""
-
     @property
     def reading_order(self) -> Tensor:
         return self.order
-
-    def by_channel(self, values: Tensor) -> Tensor:
-        return values
-
-    def positions(self, channels: Tensor) -> Tensor:
-        return channels
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor) -> None:
         """Sets what decode needs of a prompt.

@@ -14,20 +14,21 @@ from torch import Tensor
 
 from popmm import kernels
 from popmm.kernels import planes
-from popmm.kernels.planes import Planes
+from popmm.kernels.planes import BASE_BITS, Planes
 from popmm.kernels.precision import without_autocast
-from popmm.layouts.base import fix_addresses
+from popmm.kernels.twin import check_finite
+from popmm.layouts.base import ChannelsStay, fix_addresses
 from popmm.method.activations import recognised
 from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, identities
-from popmm.method.fingerprint import fingerprint, same
+from popmm.method.fingerprint import fingerprint
 from popmm.method.partition import FFNPartition
-from popmm.method.tiers import BASE_BITS, TierSizes, assign
+from popmm.method.tiers import TierSizes, assign
 
 SMALL_BATCH = 16  # tokens, up to which kernels read each token's own rows
 
 
-class TiersLayout:
+class TiersLayout(ChannelsStay):
     """A copy of an FFN, or of a stack of experts, in nested planes: 8.25 bits a weight beside the model's own."""
 
     name = "planes"
@@ -68,15 +69,8 @@ class TiersLayout:
     def _encoded(self, part: str, rows: Tensor) -> Planes:
         """Of experts one after the other, for their float32 copies are large."""
         stack = rows.detach() if rows.ndim == 3 else rows.detach().unsqueeze(0)
-        if not all(torch.isfinite(own).all() for own in stack):
-            raise ValueError(
-                f"{self.site} holds {part} weights that are no finite numbers, which cannot be quantised: mend the "
-                "checkpoint, or give selection='gate' with gate_bits=16"
-            )
+        check_finite(stack, f"{self.site} holds {part}", "selection='gate' with gate_bits=16")
         return Planes(*map(torch.cat, zip(*map(planes.encode, stack))))
-
-    def fits(self, source: FFNWeights) -> bool:
-        return self._source == identities(source) and same(self.marks, fingerprint(source))
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor) -> None:
         """Sets what the prediction needs of a prompt: the up projection's root mean square, float32 ``[(E,) d_ff]``."""
@@ -86,18 +80,9 @@ class TiersLayout:
         """Whether ``decode`` is to be preferred to ``decode_all``, which writes all weights out for any number."""
         return n_tokens * self.sizes.budget <= self.sizes.read * (SMALL_BATCH if self.has_kernels else 1)
 
-    def rewind(self) -> None:
-        """Nothing: channels stay where they are."""
-
     @property
     def reading_order(self) -> Tensor:
         return self.order
-
-    def by_channel(self, values: Tensor) -> Tensor:
-        return values
-
-    def positions(self, channels: Tensor) -> Tensor:
-        return channels
 
     def decode(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """FFN of rows x ``[n, d_model]``, each by its own choice of channels.
@@ -169,9 +154,9 @@ class TiersLayout:
         self.gate = self.up = self.down = self.whole = self._source = None
 
     def bytes(self) -> int:
-        held = [t for part in (self.gate, self.up, self.down) if part is not None for t in part]
-        held += [*([self.norms] if self.norms is not None else []), *self.marks]
-        return sum(t.numel() * t.element_size() for t in held)
+        held = [*([self.norms] if self.norms is not None else []), *self.marks]
+        parts = [part for part in (self.gate, self.up, self.down) if part is not None]
+        return sum(part.bytes() for part in parts) + sum(t.numel() * t.element_size() for t in held)
 
 
 def _with(values: Tensor, bias: Tensor | None, experts: Tensor | None, index: Tensor | None = None) -> Tensor:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from popmm.kernels.planes import BASE_BITS
 from popmm.method.budget import RegionSizes
 
-BASE_BITS = 4
 BITS = (8, 6, 4)  # that a channel can be read in, the best first
 PLAIN_BITS = 16  # of a weight as it came, in which shares of bytes are told
 SCALE_BITS = 16  # per group of a row

@@ -13,7 +13,7 @@ from popmm.adapters.forms import is_mixer
 from popmm.kernels import planes
 from popmm.kernels.planes import Planes
 from popmm.kernels.precision import output_dtype, without_autocast
-from popmm.kernels.twin import group_of
+from popmm.kernels.twin import check_finite, group_of
 from popmm.method.ffn import identity
 from popmm.method.fingerprint import marks_of, same
 from popmm.method.tiers import row_bits
@@ -21,9 +21,7 @@ from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
 
 FEW_ROWS = 16  # of a layer that is not worth it
-SMALL_BATCH = (
-    8  # tokens of a step, up to which each reads the planes by itself; larger ones read the weights as they are
-)
+SMALL_BATCH = 8  # tokens of a step, up to which each reads the planes; larger ones read the weights as they are
 
 
 class RestLayer:
@@ -38,11 +36,7 @@ class RestLayer:
     def encode(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
             weight = self.module.weight.detach()
-            if not torch.isfinite(weight).all():
-                raise ValueError(
-                    f"{self.name} holds weights that are no finite numbers, which cannot be quantised: mend the "
-                    "checkpoint, or give rest_bits=16"
-                )
+            check_finite(weight, f"{self.name} holds", "rest_bits=16")
             self.planes, self._identity, self._marks = planes.encode(weight), identity(weight), [marks_of(weight)]
             served = kernels.serves_planes(self.planes)
             self._product = kernels.PlanesLinear(self.planes, self.bits) if served else None
