@@ -1,4 +1,4 @@
-"""Prints the README's measured tables from benchmarks/results/.
+"""Prints the measured tables of docs/speed.md from benchmarks/results/.
 
 python benchmarks/readme_tables.py quality|speed|figures
 """

@@ -214,6 +214,6 @@ def demo(args: argparse.Namespace) -> None:
         )
     console.print(
         "This model is tiny, so tokens/s here measure Python more than weights read; "
-        "the README has speeds at real sizes.",
+        "docs/speed.md has speeds at real sizes.",
         style="dim",
     )
