@@ -120,13 +120,15 @@ def show(runs: list, tokenizer, as_json: bool, about: dict, advice: str) -> None
 
 
 def label(config: PopConfig) -> str:
+    if config.bytes is not None:
+        return f"{config.selection}, {config.bytes:.0%} of the 16-bit bytes read"
     if config.ffn_ratio is not None:
         return f"{config.selection}, {config.ffn_ratio:.0%} of channels pruned"
     return f"{config.selection}, {config.pruning_ratio:.0%} pruned"
 
 
 def chat(args: argparse.Namespace) -> None:
-    if args.pruning_ratio is None and args.ffn_ratio is None:
+    if args.pruning_ratio is args.ffn_ratio is args.bytes is None:
         args.pruning_ratio = CHAT_RATIO
     config, settings = config_from(args), generation_settings(args)
     import torch

@@ -223,6 +223,15 @@ def test_chat_command_with_piped_lines(monkeypatch, capsys):
     assert "0-3" in layers and "(4)" in layers  # one line for equal rows
 
 
+@pytest.mark.parametrize("how", [["--ffn-ratio", "0.3"], ["--bytes", "0.3"]])
+def test_chat_has_its_own_ratio_only_where_none_is_given(how, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Describe the picture.\n/stats\n/ratio 0.1\n/quit\n"))
+    assert main(["chat", *how, "--max-new-tokens", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Row ") and "pruning_ratio 0.1: reads" in err
+    assert f"selection={'tiers' if how[0] == '--bytes' else 'gate'}" in err
+
+
 def test_inspect_draws_the_overlap_of_modalities(tmp_path, capsys):
     file = tmp_path / "overlap.png"
     assert main(["inspect", "--model", "zoo:shapes", "--image", str(zoo.picture()), "--out", str(file)]) == 0

@@ -81,6 +81,13 @@ def test_generate_compare_shows_both_and_their_cost(model, capsys):
     assert row(err, "FFN channels skipped") == ["0.0%", "0.0%" if model == "zoo:stories" else "0.4%"]
 
 
+def test_a_comparison_by_bytes_says_so(capsys):
+    assert main(["generate", "--compare", "--bytes", "0.25", *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert "tiers, 25% of the 16-bit bytes read" in " ".join(out.split())
+    assert row(err, "of dense") == ["100.0%", "12.5%"]  # of float32
+
+
 def test_channels_skipped_are_those_outside_the_budget(capsys):
     assert main(["generate", "--compare", "--json", "--ffn-ratio", "0.5", "--selection", "mask", *SHORT]) == 0
     dense, pruned = json.loads(capsys.readouterr().out)["runs"]
