@@ -25,6 +25,7 @@ from popmm.layouts.traffic import SizesRule, sizes_for, with_bits
 from popmm.method.budget import MAX_FFN_RATIO, region_sizes
 from popmm.runtime.attachment import MARKER, Attachment
 from popmm.runtime.experts import PrunedExperts
+from popmm.runtime.freed import FreedWeights
 from popmm.runtime.partitions import Partitions
 from popmm.runtime.phase import Phase
 from popmm.runtime.rest import RestLayer, rest_layers
@@ -183,10 +184,11 @@ def _plan(
     rest: list[RestLayer] = []
     if config.rest_bits < 16:
         rest = list(rest_layers(model, description.decoder, config.rest_bits, phase))
-    runner = Runner(phase, Partitions(ffns, rest, phase), config.refresh_every)
-    state = PartitionState(given, ratio, ffns, left_dense, rest, runner, tower, description.left_out)
+    runner = Runner(phase, Partitions(ffns, rest, phase), config.refresh_every, config.statistics == "weights")
+    freed = FreedWeights(model, ffns, shared) if config.weights == "replace" else None
+    state = PartitionState(given, ratio, ffns, left_dense, rest, runner, tower, description.left_out, freed)
     experts = [site.module for site in left_dense if site.is_experts]
-    return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts, rest)
+    return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts, rest, freed)
 
 
 def _is_left_alone(site: FFNSite, config: PopConfig) -> bool:

@@ -201,6 +201,18 @@ def device_map(model: nn.Module) -> set[str]:
     return {str(device) for device in getattr(model, "hf_device_map", {}).values()}
 
 
+def load_again(model: nn.Module) -> nn.Module:
+    """The same model, read once more from the files that it came from, on the CPU.
+
+    Raises:
+        Whatever ``from_pretrained`` raises; ValueError: the model does not say where it came from.
+    """
+    source = getattr(model, "name_or_path", "")
+    if not source or not hasattr(type(model), "from_pretrained"):
+        raise ValueError("it was not loaded with from_pretrained")
+    return type(model).from_pretrained(source, dtype=model.dtype)
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings a module's weights for each call."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DEFAULT_PRUNING_RATIO = 0.4
+PLANE_BITS = (8, 7, 6, 5, 4, 3)  # in which nested planes can be read
 
 _CHOICES = {
     "selection": ("mask", "keep", "gate", "tiers"),
@@ -18,6 +19,8 @@ _CHOICES = {
     "shared_experts": ("dense", "prune"),
     "layout": ("auto", "copy", "permute"),
     "vision": ("dense", "prune"),
+    "statistics": ("prompt", "weights"),
+    "weights": ("keep", "replace"),
 }
 DEFAULT_CANDIDATE_FRACTION = 0.1
 _IMPORTANCES = ("wanda", "griffin", "flock", "routed")
@@ -35,7 +38,7 @@ class PopConfig:
             unless given. With ``selection="gate"``: share of the gate rows that is read; None = chosen from the bytes.
         selection: ``"gate"``: gate rows first, then up and down rows of the K channels that they predict to
             weigh most, which the ratio's bytes allow: ``1 - ffn_ratio`` of the FFN's; ``"tiers"``: a copy in
-            nested planes of 4, 6 and 8 bits; the gate rows' 4 bits predict which channels to read in how many, for
+            nested planes of 4, 6 and 8 bits (3, 5 and 7 where few bytes are asked for); the gate rows' first plane predicts which channels to read in how many, for
             ``1 - ffn_ratio`` of the FFN's bytes at 16 bits; ``"mask"``: the best K of
             retained and candidate channels pass (paper); ``"keep"``: all of them pass. None = gate, or mask if a
             candidate_fraction is given, which is how the paper's method is set, or tiers with ``bytes``.
@@ -66,10 +69,16 @@ class PopConfig:
             3/4 of the channels, else 4 (measured); 16 where d_model is no multiple of 16 or with a candidate_fraction.
         bytes: share of the FFN's bytes at 16 bits that a token reads, scales included, in (0, 1], in place of a ratio:
             with ``tiers`` and ``gate``.
-        weight_bits: with ``selection="tiers"``: all channels in so many bits (8, 6 or 4), whatever ratio above 0: plain
+        weight_bits: with ``selection="tiers"``: all channels in so many bits (8 to 3), whatever ratio above 0: plain
             quantisation, which chooses nothing. None = tiers, in which the best channels are read in 8 bits.
         rest_bits: bits in which decode steps of up to 8 tokens read the other linear layers, attention's projections
-            and the output layer: 16 as they are, or a copy in 8, 6 or 4.
+            and the output layer: 16 as they are, or a copy in 8 to 3.
+        statistics: what channels are ranked by: ``"prompt"`` by what its prompt made of them (paper); ``"weights"`` by
+            the norms of their weights alone, which needs no prompt: every pass of one token per sequence is pruned,
+            whatever cache it brings.
+        weights: with ``selection="tiers"``: ``"keep"`` leaves the model's own FFN weights beside the planes, for the
+            prompt pass; ``"replace"`` frees them, and the prompt is read in the planes' most bits. ``detach`` then
+            reads them again from the model's files.
         refresh_every: after so many decode steps one is dense: its token joins the statistics, and the
             partition is made anew. 0 = never (paper).
     """
@@ -92,6 +101,8 @@ class PopConfig:
     bytes: float | None = None
     weight_bits: int | None = None
     rest_bits: int = 16
+    statistics: Literal["prompt", "weights"] = "prompt"
+    weights: Literal["keep", "replace"] = "keep"
 
     def __post_init__(self) -> None:
         if self.pruning_ratio is not None and self.ffn_ratio is not None:
@@ -139,12 +150,29 @@ class PopConfig:
         if not (named or callable(self.importance)):
             known = ", ".join(map(repr, _IMPORTANCES))
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
-        if self.rest_bits not in (16, 8, 6, 4) or isinstance(self.rest_bits, bool):
-            raise ValueError(f"rest_bits={self.rest_bits!r}: give 16 (as they are), 8, 6 or 4")
+        if self.rest_bits not in (16, *PLANE_BITS) or isinstance(self.rest_bits, bool):
+            raise ValueError(f"rest_bits={self.rest_bits!r}: give 16 (as they are), 8, 7, 6, 5, 4 or 3")
         every = self.refresh_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 0:
             raise ValueError(f"refresh_every={every!r}: give a number of decode steps, or 0 for never")
+        if self.statistics == "weights":
+            self._check_stateless()
+        if self.weights == "replace" and self.selection != "tiers":
+            raise ValueError(
+                f"weights='replace' keeps the FFNs in the planes of selection='tiers', and this is {self.selection!r}: "
+                "give bytes=0.33, say, or weights='keep'"
+            )
         object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))
+
+    def _check_stateless(self) -> None:
+        """Settings about a prompt's statistics do not go without them."""
+        needed = {"refresh_every": 0, "modality_balance": None, "fill": "zero", "prefill": "dense"}
+        for name, default in needed.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is about a prompt's statistics, and statistics='weights' takes "
+                    "none: leave one of them out"
+                )
 
     def _check_bytes(self) -> None:
         """``bytes`` is a way to give the FFN ratio."""
@@ -165,8 +193,8 @@ class PopConfig:
         for name, value in (("candidate_fraction", None), ("fill", "zero"), ("gate_bits", None)):
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not go with selection='tiers': leave it out")
-        if self.weight_bits not in (None, 4, 6, 8):
-            raise ValueError(f"weight_bits={self.weight_bits!r}: give 8, 6 or 4, or None for tiers of all three")
+        if self.weight_bits not in (None, *PLANE_BITS) or isinstance(self.weight_bits, bool):
+            raise ValueError(f"weight_bits={self.weight_bits!r}: give 8, 7, 6, 5, 4 or 3, or None for tiers")
 
     @property
     def predicts(self) -> bool:
@@ -191,9 +219,13 @@ class PopConfig:
         if selection != self.selection:  # each has its own default
             if self.candidate_fraction in (None, DEFAULT_CANDIDATE_FRACTION):
                 changes.setdefault("candidate_fraction", None)
-            for name, owner in (("gate_bits", "gate"), ("weight_bits", "tiers")):
+            for name, owner, default in (
+                ("gate_bits", "gate", None),
+                ("weight_bits", "tiers", None),
+                ("weights", "tiers", "keep"),
+            ):
                 if selection != owner:
-                    changes.setdefault(name, None)
+                    changes.setdefault(name, default)
         return dataclasses.replace(self, **changes)
 
 

@@ -31,6 +31,8 @@ class Summarised(Protocol):
 
     def buffer_bytes(self) -> int: ...
 
+    def freed_bytes(self) -> int: ...
+
     def notes(self) -> dict[str, str]: ...
 
 
@@ -74,18 +76,21 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
     pruned, dense = state.bytes_per_token()
     c = ffns[0].config
     importance = c.importance if isinstance(c.importance, str) else "callable"
-    status = f"partitioned from {prompt_tokens(ffns)}" if state.ready else "waiting for a prompt"
+    status = "waiting for a prompt"
+    if state.ready:
+        status = "partitioned from " + ("the weights' norms" if c.statistics == "weights" else prompt_tokens(ffns))
     how = f"selection={c.selection}"
     if c.selection == "gate" and not ffns[0].sizes.is_dense:
         most = min(ffn.sizes.read // ffn.sizes.budget for ffn in ffns)
         how += f" gate_bits={c.gate_bits} (batches above {most} read all of C: each token's own rows would be more)"
     if c.selection == "tiers" and not ffns[0].sizes.is_dense:
         parts = [f"{n / ffns[0].sizes.d_ff:.0%} in {bits} bits" for bits, n in ffns[0].sizes.tiers]
-        how += f" ({', '.join(parts)}, of each FFN's channels; 4 bits of every gate row)"
+        how += f" ({', '.join(parts)}, of each FFN's channels; {ffns[0].sizes.base} bits of every gate row)"
     if c.rest_bits < 16:
         how += f" rest_bits={c.rest_bits}"
     if c.refresh_every:
         how += f" refresh_every={c.refresh_every}"
+    freed = f", -{human_bytes(state.freed_bytes())} of the model's own" if state.freed_bytes() else ""
     lines = [
         to_text(table),
         f"FFN weights read per token at batch 1: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
@@ -93,7 +98,7 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
         f"passes so far: {state.passes!r}",
         f"{how} importance={importance} fill={c.fill} prefill={c.prefill} "
         f"layout={ffns[0].layout.name}"
-        f" (+{human_bytes(state.buffer_bytes())}); {status}",
+        f" (+{human_bytes(state.buffer_bytes())}{freed}); {status}",
     ]
     notes: dict[str, list[str]] = {}
     for name, note in state.notes().items():

@@ -23,6 +23,7 @@ from popmm.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
+    from popmm.runtime.freed import FreedWeights
     from popmm.runtime.rest import RestLayer
     from popmm.runtime.site import PrunedSite
     from popmm.runtime.tower import PrunedTowerFFN
@@ -53,6 +54,7 @@ class PartitionState:
         runner: Runner,
         tower: list[PrunedTowerFFN],
         left_out: Mapping[str, str],
+        freed: FreedWeights | None,
     ) -> None:
         self.config = config
         self.ffn_ratio = ffn_ratio
@@ -61,6 +63,7 @@ class PartitionState:
         self._rest = rest
         self._runner = runner
         self._tower = tower
+        self._freed = freed
         self._left_out = left_out  # FFNs that cannot be pruned, and why
 
     @property
@@ -154,6 +157,10 @@ class PartitionState:
         """Memory that popmm holds beside the model's own weights."""
         planes = sum(layer.planes.bytes() for layer in self._rest if layer.planes is not None)
         return sum(ffn.layout.bytes() for ffn in self._ffns) + planes
+
+    def freed_bytes(self) -> int:
+        """Memory of the model's own weights that ``weights="replace"`` has freed."""
+        return 0 if self._freed is None else self._freed.bytes()
 
     def rest_bytes(self) -> tuple[int, int]:
         """(with ``rest_bits``, as they came): bytes that one token reads of the linear layers outside the FFNs.

@@ -28,6 +28,8 @@ def config_from(args: argparse.Namespace) -> PopConfig:
         "gate_bits",
         "weight_bits",
         "rest_bits",
+        "statistics",
+        "weights",
         "layout",
         "refresh_every",
     )

@@ -159,8 +159,10 @@ def _add_config(parser: argparse.ArgumentParser, ratio: float | None = None) -> 
         "--selection", help="gate, tiers, mask or keep (gate; with --candidate-fraction: mask; with --bytes: tiers)"
     )
     parser.add_argument("--gate-bits", type=int, help="gate: 16, 8 or 4 (chosen by the bytes)")
-    parser.add_argument("--weight-bits", type=int, help="tiers: all channels at 8, 6 or 4 bits, none chosen")
-    parser.add_argument("--rest-bits", type=int, help="of attention and the output layer at decode: 16, 8, 6 or 4 (16)")
+    parser.add_argument("--weight-bits", type=int, help="tiers: all channels at 8 to 3 bits, none chosen")
+    parser.add_argument("--rest-bits", type=int, help="of attention and the output layer at decode: 16, or 8 to 3 (16)")
+    parser.add_argument("--statistics", default=defaults.statistics, help="prompt, or weights: none (%(default)s)")
+    parser.add_argument("--weights", default=defaults.weights, help="tiers: keep, or replace 16-bit ones (%(default)s)")
     parser.add_argument("--layout", default=defaults.layout, help="auto, copy or permute (%(default)s)")
     parser.add_argument("--candidate-fraction", type=float, help="gamma (mask and keep: 0.1)")
     parser.add_argument("--importance", default=defaults.importance, help="wanda, griffin, flock, routed (%(default)s)")

@@ -87,6 +87,13 @@ def _planes_add(rows: list[Tensor], bits: int, index: Tensor, h: Tensor) -> Tens
     return planes.add(own, bits, index, h) if room is None else room.planes_add(own, bits, index, h)
 
 
+def _planes_decode(rows: list[Tensor], bits: int, dtype: torch.dtype) -> Tensor:
+    own = Planes(*rows)
+    if dtype in (torch.float32, torch.bfloat16) and native.serves_planes(own):
+        return native.planes_decode(own, bits, dtype)
+    return planes.decode(own, bits).to(dtype)
+
+
 def _tiers_ffn(
     parts: list[Tensor],
     d_ff: int,
@@ -114,6 +121,7 @@ _FUNCTIONS = (
     _planes_dot,
     _planes_linear,
     _planes_add,
+    _planes_decode,
     _tiers_ffn,
 )
 _ops = {
@@ -127,7 +135,10 @@ _ops["_quantised_dot"].register_fake(lambda codes, scale, x, bits, group, block,
 _ops["_planes_dot"].register_fake(lambda rows, bits, index, x: x.new_empty(index.shape, dtype=torch.float32))
 _ops["_planes_linear"].register_fake(lambda rows, bits, x: x.new_empty(len(x), len(rows[0]), dtype=torch.float32))
 _ops["_planes_add"].register_fake(
-    lambda rows, bits, index, h: h.new_empty(len(h), 2 * rows[0].shape[1], dtype=torch.float32)
+    lambda rows, bits, index, h: h.new_empty(len(h), 4 * rows[1].shape[1], dtype=torch.float32)
+)
+_ops["_planes_decode"].register_fake(
+    lambda rows, bits, dtype: rows[0].new_empty(len(rows[1]), 4 * rows[1].shape[1], dtype=dtype)
 )
 _ops["_tiers_ffn"].register_fake(
     lambda parts, d_ff, rms, norms, gate_bias, up_bias, activation, bits, counts, first, x: (
@@ -201,7 +212,7 @@ def choose(score: Tensor, k: int) -> Tensor:
 
 
 def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
-    """``out[n, k] = rows[index[n, k]] . x[n]``, float32 ``[n, k]``, rows read in ``bits`` bits (4, 6 or 8).
+    """``out[n, k] = rows[index[n, k]] . x[n]``, float32 ``[n, k]``, rows read in ``bits`` bits (4, 6 or 8; 3, 5 or 7).
 
     Args:
         rows: nested planes of ``[n_rows, d]``.
@@ -231,6 +242,11 @@ def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     if needs_gradient(h):
         return planes.add(rows, bits, index, h)
     return (_ops["_planes_add"] if torch.compiler.is_compiling() else _planes_add)([*rows], bits, index, h)
+
+
+def planes_decode(rows: Planes, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """All rows as they are read in ``bits`` bits, ``[n_rows, d]``."""
+    return (_ops["_planes_decode"] if torch.compiler.is_compiling() else _planes_decode)([*rows], bits, dtype)
 
 
 class TiersFFN:

@@ -1,4 +1,4 @@
-"""Compiles the C kernels of ``rows.c`` and ``planes.c`` on first use."""
+"""Compiles the C kernels on first use."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 logger = logging.getLogger("popmm")
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "planes.c")]
-_READ = [*_SOURCES, Path(__file__).with_name("common.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "planes.c", "tiers.c")]
+_READ = [*_SOURCES, *sorted(Path(__file__).parent.glob("*.h"))]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 
-# arguments of each function of rows.c: an address, a size (int64) or an int
+# arguments of each function of the C files: an address, a size (int64) or an int
 _LETTERS = {"a": ctypes.c_void_p, "s": ctypes.c_int64, "i": ctypes.c_int}
 _ARGUMENTS = {
     "gather_dot": "aisssassaai",
@@ -29,6 +29,7 @@ _ARGUMENTS = {
     "choose": "asssaa",
     "planes_dot": "aaaasssiassaai",
     "planes_add": "aaaasssiassaai",
+    "planes_decode": "aaaasssiiai",
     "tiers_ffn": "aaassssaaaaisaaasaaai",
 }
 
@@ -60,7 +61,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = [_LETTERS[letter] for letter in arguments]
-        function.restype = None if name == "choose" else ctypes.c_int64
+        function.restype = None if name in ("choose", "planes_decode") else ctypes.c_int64
     return library
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from popmm.kernels.build import library
-from popmm.kernels.planes import Planes
+from popmm.kernels.planes import MIDDLE, Planes, base_of
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = {8: torch.int8, 4: torch.uint8}
@@ -118,7 +118,14 @@ def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     return out
 
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")  # in the order of planes.c
+def planes_decode(rows: Planes, bits: int, dtype: torch.dtype) -> Tensor:
+    planes, n_rows, d = _planes(rows, bits)
+    out = torch.empty(n_rows, d, dtype=dtype, device="cpu")
+    library().planes_decode(*planes, dtype is torch.bfloat16, _p(out), torch.get_num_threads())
+    return out
+
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")  # in the order of tiers.c
 
 
 class TiersFFN:
@@ -134,15 +141,22 @@ class TiersFFN:
         activation: str,
         tiers: Sequence[tuple[int, int]],
     ) -> None:
-        found = [_planes(rows, 8) for rows in parts]
+        found = [_planes(rows, rows.base_bits) for rows in parts]
         _, n_rows, self.d = found[0]
         group = parts[0].group
         same = all(sizes[1:] == (n_rows, self.d) and rows.group == group for sizes, rows in zip(found, parts))
         if not same or n_rows % d_ff:
             raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in parts]} are no FFNs of d_ff={d_ff}")
         bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
-        if not tiers or any(b not in (4, 6, 8) for b in bits) or min(counts) < 0 or not 0 < sum(counts) <= d_ff:
-            raise ValueError(f"tiers {tuple(tiers)} of {d_ff} channels: give (8, 6 or 4 bits, channels)")
+        if (
+            not tiers
+            or any(b not in parts[0].precisions for b in bits)
+            or min(counts) < 0
+            or not 0 < sum(counts) <= d_ff
+        ):
+            raise ValueError(
+                f"tiers {tuple(tiers)} of {d_ff} channels: give (bits that the planes can be read in, channels)"
+            )
         vectors = [_floats(t.flatten(), name, (n_rows,)) for t, name in ((rms, "rms"), (norms, "norms"))]
         vectors += [None if bias is None else _floats(bias.flatten(), "bias", (n_rows,)) for bias in biases]
         self._held = (parts, vectors)  # whose addresses follow
@@ -197,17 +211,18 @@ def _rows(rows: Tensor, name: str, ndim: int) -> tuple[int, int]:
 
 def _planes(rows: Planes, bits: int) -> tuple[tuple[int, ...], int, int]:
     """Addresses and sizes of nested planes, their number of rows and d."""
-    n_rows, half = rows.base.shape
-    d, group = 2 * half, rows.group
-    shapes = [(n_rows, d // 2), (n_rows, d // 4), (n_rows, d // 4), (n_rows, d // group)]
+    (n_rows, quarter), base = rows.fine.shape, base_of(bits)
+    d, groups = 4 * quarter, rows.scale.shape[-1]
+    shapes = [(n_rows, base * d // 8), (n_rows, d // 4), (n_rows, d // 4), (n_rows, groups)]
     kinds = [torch.uint8] * 3 + [torch.float16]
-    right = all(
+    right = bits in MIDDLE and all(
         t.shape == s and t.dtype is k and t.is_contiguous() and t.is_cpu for t, s, k in zip(rows, shapes, kinds)
     )
-    if not right or bits not in (4, 6, 8) or group % 4 or d % group:
+    group = d // groups if groups else 0
+    if not right or not group or group % 8 or group > 64 or d % group:
         raise TypeError(
             f"planes of {', '.join(map(_kind, rows))} at bits={bits}: give what planes.encode makes on the CPU, 4, 6 "
-            "or 8 bits"
+            "or 8 bits (3, 5 or 7 of those of 3)"
         )
     return (*map(_p, rows), n_rows, d, group, bits), n_rows, d
 

@@ -1,13 +1,14 @@
-"""Weights in nested planes: 4 bits of every weight, 2 more, and 2 more, with one scale per group of a row.
+"""Weights in nested planes: a base of 4 or 3 bits of every weight, 2 more, and 2 more, one scale per group of a row.
 
-A weight w in a group of scale s is ``code = round(w / s)`` in [-8, 7], and where it lies within the code's cell:
-``fine`` tells the quarter, ``finest`` the quarter of the quarter. With 4, 6 or 8 bits read it is taken to lie in the
-middle of its cell, so that each precision is centred by itself. In one number,
-``u = (code + 8) * 2^(bits - 4) + cell``, and the value is ``s * (u - MIDDLE[bits]) / 2^(bits - 4)``.
+A weight w in a group of scale s is ``code = round(w / s)`` in [-8, 7] (of 3 bits [-4, 3]), and where it lies within the
+code's cell: ``fine`` tells the quarter, ``finest`` the quarter of the quarter. With 4, 6 or 8 bits read (3, 5 or 7) it is
+taken to lie in the middle of its cell, so that each precision is centred by itself. In one number,
+``u = (code + 2^(base - 1)) * 2^(bits - base) + cell``, and the value is ``s * (u - MIDDLE[bits]) / 2^(bits - base)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,46 +19,71 @@ from popmm.kernels.twin import ROWS_AT_ONCE, as_half, best_scale, codes_of, extr
 
 # scales that are tried: the group's weight of largest magnitude becomes this code (or is clipped to the last one)
 CODES_OF_EXTREME = (-8.0, -7.6, -7.2, -6.8, -6.24, 7.0, 6.5, 6.0)
-BASE_BITS = 4  # of the first plane
-MIDDLE = {4: 8.0, 6: 33.5, 8: 135.5}
+BASES = (4, 3)  # bits that the first plane may have
+MIDDLE = {3: 4.0, 4: 8.0, 5: 17.5, 6: 33.5, 7: 71.5, 8: 135.5}
+
+
+def base_of(bits: int) -> int:
+    """Bits of the first plane, in whose family rows are read in ``bits``."""
+    return 3 if bits % 2 else 4
 
 
 class Planes(NamedTuple):
     """Rows ``[n, d]``."""
 
-    base: Tensor  # uint8 [n, d / 2], 8 more than the codes: the first half of a group in the low nibbles
+    # codes, counted from 0. 4 bits: uint8 [n, d / 2], the first half of a group in the low nibbles. 3 bits: uint8
+    # [n, 3 d / 8], of each group the upper two bits in the order of `fine`, then the last one, of weight i in byte i / 8
+    base: Tensor
     fine: Tensor  # uint8 [n, d / 4]: the k-th quarter of a group in the k-th pair of bits
     finest: Tensor  # the same
     scale: Tensor  # float16 [n, d / group], of either sign
 
     @property
+    def d(self) -> int:
+        return 4 * self.fine.shape[1]
+
+    @property
     def group(self) -> int:
-        return 2 * self.base.shape[1] // self.scale.shape[1]
+        return self.d // self.scale.shape[1]
+
+    @property
+    def base_bits(self) -> int:
+        return 8 * self.base.shape[1] // self.d
+
+    @property
+    def precisions(self) -> tuple[int, int, int]:
+        """Bits in which these rows can be read, the best first."""
+        base = self.base_bits
+        return base + 4, base + 2, base
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self)
 
 
-def encode(rows: Tensor) -> Planes:
-    """Rounds rows ``[n, d]``, in groups of 64 weights or what of it divides d, which must be a multiple of 4."""
+def encode(rows: Tensor, base_bits: int = 4) -> Planes:
+    """Rounds rows ``[n, d]``, in groups of 64 weights or what of it divides d, which must be a multiple of 8."""
     n, d = rows.shape
     step = max(1, ROWS_AT_ONCE // d)
     with without_autocast(rows.device):
-        parts = [_encode(rows[start : start + step].float()) for start in range(0, n, step)]
+        parts = [_encode(rows[start : start + step].float(), base_bits) for start in range(0, n, step)]
         return Planes(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
-def _encode(rows: Tensor) -> Planes:
+def _encode(rows: Tensor, base_bits: int) -> Planes:
     n, d = rows.shape
     group = group_of(d)
     parts = rows.view(n, d // group, group)
-    scale = _scale(parts, BASE_BITS)
+    scale = _scale(parts, base_bits)
+    code = codes_of(parts, scale, base_bits)
     value = parts / scale.float().unsqueeze(-1)
-    code = codes_of(parts, scale, BASE_BITS)
     cell = ((value - code + 0.5) * 16).floor().clamp_(0, 15).to(torch.uint8)
-    low, high = (code + 8).to(torch.uint8).chunk(2, dim=-1)
-    base = (low | (high << 4)).reshape(n, d // 2)
-    return Planes(base, _pairs(cell >> 2).reshape(n, d // 4), _pairs(cell & 3).reshape(n, d // 4), scale)
+    u = (code + 2 ** (base_bits - 1)).to(torch.uint8)
+    if base_bits == 4:
+        low, high = u.chunk(2, dim=-1)
+        base = low | (high << 4)
+    else:
+        base = torch.cat([_packed(u >> 1, 4), _last_bits(u & 1)], dim=-1)
+    return Planes(base.flatten(1), _packed(cell >> 2, 4).flatten(1), _packed(cell & 3, 4).flatten(1), scale)
 
 
 def rounded(rows: Tensor, bits: int, group: int) -> Tensor:
@@ -69,26 +95,50 @@ def rounded(rows: Tensor, bits: int, group: int) -> Tensor:
 
 def _scale(parts: Tensor, bits: int) -> Tensor:
     """Scales of groups ``[..., group]``, float16, of either sign."""
+    best = best_scale(parts, bits, _by_extreme(parts, bits))
+    if bits > 3:
+        return best
+    code = codes_of(parts, best, bits)  # few levels: what least squares gives for these codes is better yet
+    fitted = as_half((code * parts).sum(-1) / code.square().sum(-1).clamp_min(1))
+    return best_scale(parts, bits, (best, fitted))
+
+
+def _by_extreme(parts: Tensor, bits: int) -> Iterator[Tensor]:
     extreme, highest = extreme_of(parts), 2 ** (bits - 1)
-    return best_scale(parts, bits, (as_half(extreme / (code * highest / 8)) for code in CODES_OF_EXTREME))
+    return (as_half(extreme / (code * highest / 8)) for code in CODES_OF_EXTREME)
 
 
-def _pairs(cells: Tensor) -> Tensor:
-    """Values of two bits ``[n, groups, group]`` as bytes ``[n, groups, group / 4]``."""
-    first, second, third, fourth = cells.chunk(4, dim=-1)
-    return first | (second << 2) | (third << 4) | (fourth << 6)
+def _packed(values: Tensor, per_byte: int) -> Tensor:
+    """Values of ``8 / per_byte`` bits ``[..., m]`` as bytes ``[..., m / per_byte]``: the k-th part in the k-th bits."""
+    first, *others = values.chunk(per_byte, dim=-1)
+    for k, part in enumerate(others, start=1):
+        first = first | (part << (8 // per_byte * k))
+    return first
+
+
+def _unpacked(packed: Tensor, per_byte: int) -> Tensor:
+    width = 8 // per_byte
+    return torch.cat([packed >> (width * k) & (2**width - 1) for k in range(per_byte)], dim=-1)
+
+
+def _last_bits(bits: Tensor) -> Tensor:
+    """Bits ``[..., m]`` as bytes ``[..., m / 8]``, bit i in byte i / 8."""
+    return _packed(bits.unflatten(-1, (-1, 8)), 8).squeeze(-1)
 
 
 def decode(planes: Planes, bits: int) -> Tensor:
     """Rows as they are read in so many bits, float32 ``[n, d]``."""
-    groups = planes.scale.shape[1]
-    base = planes.base.view(len(planes.base), groups, -1)
-    u = torch.cat([base & 15, base >> 4], dim=-1)
-    for needed, plane in ((6, planes.fine), (8, planes.finest)):
+    groups, group, base_bits = planes.scale.shape[1], planes.group, planes.base_bits
+    base = planes.base.unflatten(1, (groups, -1))
+    if base_bits == 4:
+        u = _unpacked(base, 2)
+    else:
+        upper, last = base.split([group // 4, group // 8], dim=-1)
+        u = (_unpacked(upper, 4) << 1) | _unpacked(last.unsqueeze(-1), 8).flatten(-2)
+    for needed, plane in ((base_bits + 2, planes.fine), (base_bits + 4, planes.finest)):
         if bits >= needed:
-            pairs = plane.view(len(plane), groups, -1)
-            u = (u << 2) | torch.cat([pairs >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
-    step = planes.scale.float() / 2 ** (bits - 4)
+            u = (u << 2) | _unpacked(plane.unflatten(1, (groups, -1)), 4)
+    step = planes.scale.float() / 2 ** (bits - base_bits)
     return ((u.float() - MIDDLE[bits]) * step.unsqueeze(-1)).flatten(1)
 
 

@@ -1,7 +1,8 @@
 """Triton kernels: products with chosen rows in nested planes. Deterministic, float32 accumulation, no atomics.
 
 A group is read by quarters: the k-th quarter's nibbles lie in the low halves of the bytes for k < 2, in the high ones
-else, and its further bits in the k-th pair of each byte of ``fine`` and ``finest``.
+else, and its further bits in the k-th pair of each byte of ``fine`` and ``finest``. Planes of 3 bits have the upper two of
+them in such pairs, followed by a byte for the last bits of eight weights.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from popmm.kernels.triton_rows import SPLITS, _device
 @triton.jit
 def _quarter(base, fine, finest, at, inside, Q: tl.constexpr, BITS: tl.constexpr, QUARTER: tl.constexpr):
     """Numbers of one quarter of a group, float32 ``[rows, QUARTER]``; ``at``: the place of its pairs' bytes."""
-    nibbles = at * 2 - (at % QUARTER) + (Q % 2) * QUARTER  # a group's nibbles take two quarters' bytes
-    u = (tl.load(base + nibbles, mask=inside, other=0) >> (4 * (Q // 2))) & 15
-    if BITS >= 6:
+    column = at % QUARTER
+    if BITS % 2 == 1:
+        start, i = (at - column) // 2 * 3, Q * QUARTER + column
+        u = ((tl.load(base + start + column, mask=inside, other=0) >> (2 * Q)) & 3) << 1
+        u = u | ((tl.load(base + start + QUARTER + i // 8, mask=inside, other=0) >> (i % 8)) & 1)
+    else:
+        nibbles = at * 2 - column + (Q % 2) * QUARTER  # a group's nibbles take two quarters' bytes
+        u = (tl.load(base + nibbles, mask=inside, other=0) >> (4 * (Q // 2))) & 15
+    if BITS >= 5:
         u = (u << 2) | ((tl.load(fine + at, mask=inside, other=0) >> (2 * Q)) & 3)
-    if BITS >= 8:
+    if BITS >= 7:
         u = (u << 2) | ((tl.load(finest + at, mask=inside, other=0) >> (2 * Q)) & 3)
     return u.to(tl.float32)
 
@@ -38,6 +45,7 @@ def _dot(
     out,
     k,
     MIDDLE: tl.constexpr,
+    CELLS: tl.constexpr,
     d: tl.constexpr,
     BITS: tl.constexpr,
     QUARTER: tl.constexpr,
@@ -60,7 +68,7 @@ def _dot(
             u = _quarter(base, fine, finest, at, valid[:, None], q, BITS, QUARTER)
             part += tl.sum((u - MIDDLE) * v[None, :], axis=1)
         total += s * part
-    tl.store(out + token * k + place, total / (2 ** (BITS - 4)), mask=valid)
+    tl.store(out + token * k + place, total / CELLS, mask=valid)
 
 
 @triton.jit
@@ -75,6 +83,7 @@ def _add(
     k,
     n,
     MIDDLE: tl.constexpr,
+    CELLS: tl.constexpr,
     d: tl.constexpr,
     BITS: tl.constexpr,
     QUARTER: tl.constexpr,
@@ -97,7 +106,11 @@ def _add(
             u = _quarter(base, fine, finest, at, valid[:, None], q, BITS, QUARTER)
             total += tl.sum((u - MIDDLE) * weight[:, None], axis=0)
         to = parts + (split * n + token) * d + (g * 4 + q) * QUARTER + column
-        tl.store(to, total / (2 ** (BITS - 4)))
+        tl.store(to, total / CELLS)
+
+
+def _coding(rows: Planes, bits: int) -> dict:
+    return dict(MIDDLE=MIDDLE[bits], CELLS=2 ** (bits - rows.base_bits), BITS=bits, QUARTER=rows.group // 4)
 
 
 def planes_dot(rows: Planes, bits: int, index: Tensor | None, x: Tensor) -> Tensor:
@@ -106,7 +119,7 @@ def planes_dot(rows: Planes, bits: int, index: Tensor | None, x: Tensor) -> Tens
     n, k = (len(x), len(rows.base)) if every else index.shape
     out = torch.empty(n, k, dtype=torch.float32, device=x.device)
     own = x if every else index.contiguous()
-    how = dict(MIDDLE=MIDDLE[bits], d=x.shape[1], BITS=bits, QUARTER=rows.group // 4, ALL=every, ROWS=16)
+    how = dict(d=x.shape[1], ALL=every, ROWS=16, **_coding(rows, bits))
     with _device(x):
         _dot[(n, triton.cdiv(k, 16))](*rows, own, x, out, k, **how)
     return out
@@ -124,9 +137,9 @@ class PlanesLinear:
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     index, h = index.contiguous(), h.contiguous()
-    (n, k), d = index.shape, 2 * rows.base.shape[1]
+    (n, k), d = index.shape, rows.d
     parts = torch.empty(SPLITS, n, d, dtype=torch.float32, device=h.device)
-    how = dict(MIDDLE=MIDDLE[bits], d=d, BITS=bits, QUARTER=rows.group // 4, PER_SPLIT=triton.cdiv(k, SPLITS), ROWS=16)
+    how = dict(d=d, PER_SPLIT=triton.cdiv(k, SPLITS), ROWS=16, **_coding(rows, bits))
     with _device(h):
         _add[(n, d // rows.group, SPLITS)](*rows, index, h, parts, k, n, **how)
     return parts.sum(0)

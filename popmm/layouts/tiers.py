@@ -14,7 +14,7 @@ from torch import Tensor
 
 from popmm import kernels
 from popmm.kernels import planes
-from popmm.kernels.planes import BASE_BITS, Planes
+from popmm.kernels.planes import Planes
 from popmm.kernels.precision import without_autocast
 from popmm.kernels.twin import check_finite
 from popmm.layouts.base import ChannelsStay, fix_addresses
@@ -42,6 +42,14 @@ class TiersLayout(ChannelsStay):
         self.combine = combine
         self.whole: kernels.TiersFFN | None = None  # the FFN at one call, where its activation has a kernel
         self._source: tuple | None = None
+        self.replaced = False  # the model's own weights were freed
+
+    def dequantised(self, source: FFNWeights) -> FFNWeights:
+        """All that the planes hold of the weights, in the shapes and the dtype of ``source``."""
+        most = self.gate.precisions[0]
+        rows = [kernels.planes_decode(part, most, source.down.dtype) for part in (self.gate, self.up, self.down)]
+        gate, up, down = (own.view(*source.gate.shape) for own in rows)
+        return source._replace(gate=gate, up=up, down=down.mT)
 
     def allocate(self, source: FFNWeights) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -70,7 +78,7 @@ class TiersLayout(ChannelsStay):
         """Of experts one after the other, for their float32 copies are large."""
         stack = rows.detach() if rows.ndim == 3 else rows.detach().unsqueeze(0)
         check_finite(stack, f"{self.site} holds {part}", "selection='gate' with gate_bits=16")
-        return Planes(*map(torch.cat, zip(*map(planes.encode, stack))))
+        return Planes(*map(torch.cat, zip(*(planes.encode(own, self.sizes.base) for own in stack))))
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor) -> None:
         """Sets what the prediction needs of a prompt: the up projection's root mean square, float32 ``[(E,) d_ff]``."""
@@ -95,14 +103,14 @@ class TiersLayout(ChannelsStay):
             if self.whole is not None and not kernels.needs_gradient(x):
                 y, index = self.whole(first.squeeze(1), x)
                 return _with(y, self.down_bias, experts), index
-            g = kernels.planes_dot(self.gate, BASE_BITS, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
+            g = kernels.planes_dot(self.gate, self.sizes.base, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
             g = _with(g, self.gate_bias, experts)
             places = assign(self._score(g, combine, experts), self.sizes.tiers)
             y = x.new_zeros(x.shape)
             for (bits, _), index in zip(self.sizes.tiers, places):
                 rows = first + index
                 own = g.gather(1, index)
-                if bits > BASE_BITS:
+                if bits > self.sizes.base:
                     own = _with(kernels.planes_dot(self.gate, bits, rows, x), self.gate_bias, experts, index)
                 u = _with(kernels.planes_dot(self.up, bits, rows, x), self.up_bias, experts, index)
                 y = y + kernels.planes_add(self.down, bits, rows, combine(own, u))
@@ -118,12 +126,12 @@ class TiersLayout(ChannelsStay):
         """
         with without_autocast(x.device):
             x = x.float()
-            g = _with(self._product(self.gate, BASE_BITS, x, experts), self.gate_bias, experts)
+            g = _with(self._product(self.gate, self.sizes.base, x, experts), self.gate_bias, experts)
             places = assign(self._score(g, combine, experts), self.sizes.tiers)
             read, y = torch.zeros_like(g, dtype=torch.bool), x.new_zeros(x.shape)
             for (bits, _), index in zip(self.sizes.tiers, places):
                 own = g
-                if bits > BASE_BITS:
+                if bits > self.sizes.base:
                     own = _with(self._product(self.gate, bits, x, experts), self.gate_bias, experts)
                 u = _with(self._product(self.up, bits, x, experts), self.up_bias, experts)
                 mine = torch.zeros_like(read).scatter_(1, index, True)
@@ -133,7 +141,7 @@ class TiersLayout(ChannelsStay):
             return _with(y, self.down_bias, experts), read
 
     def _product(self, part: Planes, bits: int, x: Tensor, experts: Tensor | None, transposed=False) -> Tensor:
-        rows = planes.decode(part, bits)
+        rows = kernels.planes_decode(part, bits)
         if experts is None:
             return F.linear(x, rows.mT if transposed else rows)
         stack = rows.view(-1, self.sizes.d_ff, rows.shape[1])

@@ -1,8 +1,9 @@
 """How many channels a token reads at which precision: tiers, the best channels in most bits, the worst not at all.
 
-Weights lie in nested planes (``popmm.kernels.planes``): 4 bits for all, 2 more, and 2 more. A token reads the first
-plane of every gate row, which predicts each channel's weight; up rows and down columns of the ``n`` best channels
-follow, in 8, 6 or 4 bits by rank, and the gate's own further planes for those read in more than 4.
+Weights lie in nested planes (``popmm.kernels.planes``): 4 bits for all, 2 more, and 2 more; where few bytes may be
+read, 3, 2 and 2. A token reads the first plane of every gate row, which predicts each channel's weight; up rows and down
+columns of the ``n`` best channels follow, in 8, 6 or 4 bits by rank (7, 5 or 3), and the gate's own further planes for
+those read in more than the first.
 """
 
 from __future__ import annotations
@@ -12,27 +13,29 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from popmm.kernels.planes import BASE_BITS
+from popmm.kernels.planes import base_of
 from popmm.method.budget import RegionSizes
 
-BITS = (8, 6, 4)  # that a channel can be read in, the best first
 PLAIN_BITS = 16  # of a weight as it came, in which shares of bytes are told
 SCALE_BITS = 16  # per group of a row
+FEW_BYTES = 0.225  # share below which a first plane of 3 bits serves better than one of 4
 
-# by share of the bytes: shares of the channels read in 8 and in 6 bits; the rest of the bytes go to 4 bits.
-# Measured by KL on SmolLM2-135M and Gemma-3-270m (docs/quality.md)
-SPLITS = (
-    (0.0, 0.0, 0.0),
-    (0.167, 0.0, 0.0),
-    (0.20, 0.0, 0.05),
-    (0.25, 0.02, 0.10),
-    (0.266, 0.02, 0.20),
-    (0.30, 0.06, 0.35),
-    (0.328, 0.12, 0.40),
-    (0.36, 0.15, 0.60),
-    (0.40, 0.25, 0.65),
-    (0.516, 1.0, 0.0),
-)
+# by share of the bytes: shares of the channels read in all the planes' bits, and in two planes' bits; the rest of the
+# bytes go to the first plane. Measured by KL on SmolLM2-135M and Gemma-3-270m (docs/quality.md)
+SPLITS = {
+    3: ((0.0, 0.0, 0.0), (0.13, 0.0, 0.03), (0.167, 0.02, 0.07), (0.20, 0.03, 0.15), (0.225, 0.04, 0.20)),
+    4: (
+        (0.0, 0.0, 0.0),
+        (0.20, 0.0, 0.05),
+        (0.25, 0.02, 0.10),
+        (0.266, 0.02, 0.20),
+        (0.30, 0.06, 0.35),
+        (0.328, 0.12, 0.40),
+        (0.36, 0.15, 0.60),
+        (0.40, 0.25, 0.65),
+        (0.516, 1.0, 0.0),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class TierSizes(RegionSizes):
     def is_dense(self) -> bool:
         return not self.tiers
 
+    @property
+    def base(self) -> int:
+        """Bits of the planes' first."""
+        return base_of(self.tiers[0][0])
+
 
 def row_bits(bits: int, group: int) -> float:
     """Bits per weight of a row read at a precision, its scales included."""
@@ -53,10 +61,13 @@ def row_bits(bits: int, group: int) -> float:
 
 def bits_read(sizes: TierSizes, group: int) -> float:
     """Bits per channel and model dimension that a token reads, on average over all ``d_ff`` channels."""
-    total = sizes.d_ff * row_bits(BASE_BITS, group)
-    for bits, n in sizes.tiers:
-        total += n * (bits - BASE_BITS + 2 * row_bits(bits, group))
-    return total / sizes.d_ff
+    total = sizes.d_ff * row_bits(sizes.base, group)
+    return (total + sum(n * _cost(bits, group) for bits, n in sizes.tiers)) / sizes.d_ff
+
+
+def _cost(bits: int, group: int) -> float:
+    """Bits per model dimension of a channel read at a precision, beside its gate row's first plane."""
+    return bits - base_of(bits) + 2 * row_bits(bits, group)
 
 
 def tier_sizes(d_ff: int, share: float, group: int, weight_bits: int | None = None) -> TierSizes:
@@ -72,30 +83,31 @@ def tier_sizes(d_ff: int, share: float, group: int, weight_bits: int | None = No
         return TierSizes(d_ff, d_ff, d_ff, 0)
     if weight_bits is not None:
         return TierSizes(d_ff, d_ff, 0, d_ff, ((weight_bits, d_ff),))
-    left = 3 * PLAIN_BITS * share - row_bits(BASE_BITS, group)  # bits per channel and model dimension, after the gate
-    cost = {bits: bits - BASE_BITS + 2 * row_bits(bits, group) for bits in BITS}
-    if round(left / cost[BASE_BITS] * d_ff) < 1:
-        least = row_bits(BASE_BITS, group) / 3 / PLAIN_BITS
+    base = 3 if share < FEW_BYTES else 4
+    left = 3 * PLAIN_BITS * share - row_bits(base, group)  # bits per channel and model dimension, after the gate
+    if round(left / _cost(base, group) * d_ff) < 1:
+        least = row_bits(base, group) / 3 / PLAIN_BITS
         raise ValueError(
-            f"selection='tiers' reads {BASE_BITS} bits of every gate row, {least:.1%} of the FFN's bytes at 16 bits, "
+            f"selection='tiers' reads {base} bits of every gate row, {least:.1%} of the FFN's bytes at 16 bits, "
             f"before any channel, and may read {share:.1%}: give bytes={least + 0.02:.2f} or more"
         )
     counts, free = [], d_ff
-    for bits, wanted in zip(BITS, (*_split(share), 1.0)):
-        n = max(0, min(free, round(wanted * d_ff), int(left / cost[bits] * d_ff + 0.5)))
+    for bits, wanted in zip((base + 4, base + 2, base), (*_split(share, base), 1.0)):
+        n = max(0, min(free, round(wanted * d_ff), int(left / _cost(bits, group) * d_ff + 0.5)))
         counts.append((bits, n))
-        free, left = free - n, left - n * cost[bits] / d_ff
+        free, left = free - n, left - n * _cost(bits, group) / d_ff
     read = sum(n for _, n in counts)
     return TierSizes(d_ff, read, 0, d_ff, tuple((bits, n) for bits, n in counts if n))
 
 
-def _split(share: float) -> tuple[float, float]:
-    """Shares of the channels read in 8 and 6 bits, between the points of ``SPLITS``."""
-    for (low, *before), (high, *after) in itertools.pairwise(SPLITS):
+def _split(share: float, base: int) -> tuple[float, float]:
+    """Shares of the channels read in all planes and in two, between the points of ``SPLITS``."""
+    points = SPLITS[base]
+    for (low, *before), (high, *after) in itertools.pairwise(points):
         if share <= high:
             t = (share - low) / (high - low)
             return tuple(a + t * (b - a) for a, b in zip(before, after))
-    return SPLITS[-1][1:]
+    return points[-1][1:]
 
 
 def assign(score: Tensor, tiers: tuple[tuple[int, int], ...]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from popmm.runtime.caches import StaticCaches
 from popmm.runtime.experts_interface import switch_off, switch_on
+from popmm.runtime.freed import FreedWeights
 from popmm.runtime.overrides import Hook, Kept, Override
 from popmm.runtime.runner import Runner
 
@@ -35,6 +36,7 @@ class Attachment:
     holds: list[tuple[nn.Module | nn.Parameter, str]]  # modules and parameters of its FFNs, and their names
     writes: bool  # its parameters, in place
     after_install: list[Callable[[], None]] = field(default_factory=list)
+    freed: FreedWeights | None = None
 
     def install(self) -> None:
         """Puts everything on; the marker last."""
@@ -56,14 +58,19 @@ class Attachment:
             note()
         for held, _ in self.holds:
             _HELD[id(held)] = self
+        if self.freed is not None:
+            self.freed.free()
         self.decoder.__dict__[MARKER] = self
 
     def remove(self) -> None:
         """Takes everything off; the marker last, so that it can be tried again.
 
         Raises:
-            Whatever putting weights back in order raises, such as for want of memory: then the model is still attached.
+            Whatever putting weights back raises, such as for want of memory or of the files that they came from: then
+            the model is still attached.
         """
+        if self.freed is not None:
+            self.freed.restore()
         self.runner.partitions.restore()
         self.runner.partitions.release()
         if self.switches_experts:

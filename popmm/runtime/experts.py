@@ -25,7 +25,8 @@ class PrunedExperts(PrunedSite):
         """Remembers whom to ask for the phase, and the experts implementation that runs the prompt."""
         self.phase = phase
         self.switched = switches_experts  # the model runs our implementation of the experts interface
-        self.dense_forward = dense_experts(self.site.module, phase)
+        own = dense_experts(self.site.module, phase)
+        self.dense_forward = lambda *routed: self._by_planes(*routed) if self.replaced else own(*routed)
         self._implementation = former_implementation(self.site.module)
         self._rows = self._probe()
 
@@ -89,16 +90,21 @@ class PrunedExperts(PrunedSite):
             statistics = self._measure(h, up, rows, index, weight)
             return self._without_pruned(h, index.flatten()[rows], statistics) if pruning else h
 
-        if self._rows is not None:
+        if self._rows is not None and not self.replaced:
             rows = self._rows(index.flatten())
 
             def seen(h: Tensor, gate_up: Tensor) -> Tensor:
                 return observe(h, self.site.split(gate_up)[1], rows)
 
             return self._implementation(_Observed(self.site.module, seen), x, index, weight)
-        w = self.site.weights()
+        w = self.weights()
         h = observe(*self._hidden_and_up(x, index, w), _natural(index.flatten()))
-        return _down(h, w, index, weight, x) if pruning else self.dense_forward(x, index, weight)
+        return _down(h, w, index, weight, x) if pruning or self.replaced else self.dense_forward(x, index, weight)
+
+    def _by_planes(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The dense experts of all that the planes hold."""
+        w = self.weights()
+        return _down(self._hidden(x, index, w), w, index, weight, x)
 
     def _decode_predicted(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         experts, combine = index.flatten(), self.site.combine

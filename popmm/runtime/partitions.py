@@ -26,6 +26,7 @@ class Followed(Protocol):
     layout: Layout
     identity: Tensor
     partition: FFNPartition | None
+    stale: bool
 
     def check(self) -> bool: ...
 
@@ -107,6 +108,8 @@ class Partitions:
         for layer in self._rest:
             layer.check()
         hooked = [ffn.name for ffn in self._ffns if ffn.check() and not ffn.sizes.is_dense]
+        if self.active is not None and any(ffn.stale for ffn in self._ffns):
+            self.again()  # weights have changed under a partition that no prompt will make anew
         if hooked and not self._warned_of_hooks:
             self._warned_of_hooks = True
             warnings.warn(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from popmm import kernels
 from popmm.adapters.forms import is_mixer
 from popmm.kernels import planes
-from popmm.kernels.planes import Planes
+from popmm.kernels.planes import Planes, base_of
 from popmm.kernels.precision import output_dtype, without_autocast
 from popmm.kernels.twin import check_finite, group_of
 from popmm.method.ffn import identity
@@ -37,7 +37,11 @@ class RestLayer:
         with torch.inference_mode(False), torch.no_grad():
             weight = self.module.weight.detach()
             check_finite(weight, f"{self.name} holds", "rest_bits=16")
-            self.planes, self._identity, self._marks = planes.encode(weight), identity(weight), [marks_of(weight)]
+            self.planes, self._identity, self._marks = (
+                planes.encode(weight, base_of(self.bits)),
+                identity(weight),
+                [marks_of(weight)],
+            )
             served = kernels.serves_planes(self.planes)
             self._product = kernels.PlanesLinear(self.planes, self.bits) if served else None
 
@@ -61,7 +65,7 @@ class RestLayer:
             if self._product is not None and n_tokens <= SMALL_BATCH:
                 y = self._product(rows.float())
             else:
-                y = F.linear(rows.float(), planes.decode(self.planes, self.bits))
+                y = F.linear(rows.float(), kernels.planes_decode(self.planes, self.bits))
             if self.module.bias is not None:
                 y = y + self.module.bias
         return y.to(output_dtype(self.module.weight)).view(*x.shape[:-1], -1)

@@ -37,9 +37,10 @@ READ_AS_PROMPT = (
 class Runner:
     """Follows the passes of one attached model."""
 
-    def __init__(self, phase: Phase, partitions: Partitions, refresh_every: int = 0) -> None:
+    def __init__(self, phase: Phase, partitions: Partitions, refresh_every: int = 0, stateless: bool = False) -> None:
         self.phase, self.partitions = phase, partitions
         self.refresh_every = refresh_every
+        self.stateless = stateless  # one partition, of the weights, serves every sequence
         self.around = Around()
         self.passes = Passes()
         self.sequences = Sequences(partitions.identity)
@@ -49,6 +50,14 @@ class Runner:
         with self.phase.exclusive.between_passes("reset"):
             self.sequences = Sequences(self.partitions.identity)
             self.partitions.forget()
+            self.begin()
+
+    def begin(self) -> None:
+        """Makes the partition that needs no prompt."""
+        if self.stateless:
+            nothing = self.sequences.new()
+            nothing.tokens = 1  # of which no FFN was given any
+            self.partitions.activate(nothing)
 
     def run(self, forward: Callable, args: tuple, kwargs: dict, arguments: dict[str, Any]):
         """Runs one pass of the decoder in the phase that it is."""
@@ -66,6 +75,10 @@ class Runner:
                 return self._decode(forward, args, kwargs, shape, cache)
             if torch.is_grad_enabled():
                 forward = self.partitions.refusing_backward(forward)
+            if self.stateless:
+                if shape[1] > 1 or self.around.begins:
+                    return self._unmeasured(forward, args, kwargs, shape)
+                return self._decode(forward, args, kwargs, shape, cache)
             if known is not None and self.sequences.crop(cache, known) and known is self.partitions.active:
                 self.partitions.active = None  # part of its prompt is gone
             if shape[1] > 1 or not has_past(cache, known) or (self.around.begins and known is not None):
@@ -172,6 +185,18 @@ class Runner:
         # and so it stays: the next step may be compiled, past this
         output = forward(*args, **kwargs)
         self.seen("dense", reason)
+        return output
+
+    def _unmeasured(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int]):
+        """A prompt, of which nothing is to be known."""
+        self.partitions.check_weights()
+        phase, active = self.phase, self.partitions.active
+        phase.decoding, phase.step, phase.shape = False, False, shape
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            phase.decoding = active is not None
+        self.seen("prompt", begins=self.around.begins)
         return output
 
     def _prefill(self, forward: Callable, args: tuple, kwargs: dict, prompt: PromptPass, cache):

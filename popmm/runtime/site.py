@@ -46,6 +46,7 @@ class PrunedSite:
         self.identity: Tensor | None = None  # float32 [n], by which a saved sequence knows the model again
         self.note = ""  # what a reader must know of the partition's origin
         self.partition: FFNPartition | None = None
+        self.stale = False  # the weights were read again since the partition was laid out
         self.trace: Trace | None = None
         self.layout = layout
         self.ranking = Ranking(site, sizes, config, layout)
@@ -57,6 +58,19 @@ class PrunedSite:
         gate = self.layout.by_channel(self.layout.marks[0])
         self.identity = gate.flatten()[:IDENTIFYING].to("cpu", copy=True)
 
+    @property
+    def replaced(self) -> bool:
+        """Whether the weights were freed, and the planes are all there is."""
+        return getattr(self.layout, "replaced", False)
+
+    def weights(self) -> FFNWeights:
+        """What a prompt is read with: the module's weights, or what the planes hold of them."""
+        return self.layout.dequantised(self.site.weights()) if self.replaced else self.site.weights()
+
+    def keep_norms(self) -> None:
+        """Reads what ranking needs of the weights, before they are freed."""
+        self.ranking.prior()
+
     def check(self) -> bool:
         """Called before each prompt: refuses a module that was replaced, reads weights that have changed again.
 
@@ -64,9 +78,12 @@ class PrunedSite:
             Whether hooks have been added to its layers.
         """
         hooked = self.integrity.check()
+        if self.replaced:
+            return hooked
         if not self.layout.fits(self.site.weights()):
             self.allocate()
             self.ranking.forget_weights()
+            self.stale = True
         return hooked
 
     def marked(self, index: Tensor) -> Tensor:
@@ -99,9 +116,10 @@ class PrunedSite:
             ranking = self.ranking
             statistics = ranking.nothing() if statistics is None else statistics
             short = ranking.is_short(statistics, tokens)
-            self.note = _note(statistics.n_tokens, tokens) if short else ""
+            asked = self.config.statistics == "weights"
+            self.note = _note(statistics.n_tokens, tokens) if short and not asked else ""
             pooled = ranking.pooled(statistics)
-            self.partition = ranking.split(pooled, statistics.tokens, short)
+            self.partition, self.stale = ranking.split(pooled, statistics.tokens, short), False
             if self.sizes.is_dense:
                 return
             prompt = (pooled.mean, ranking.up_rms(pooled, short)) if ranking.wants_up else (pooled.mean,)
@@ -123,7 +141,8 @@ class PrunedFFN(PrunedSite):
     def wire(self, phase: Phase, switches_experts: bool) -> None:
         """Remembers whom to ask for the phase, and the module's own forward."""
         self.phase = phase
-        self.dense_forward = self.site.module.forward
+        own = self.site.module.forward
+        self.dense_forward = lambda x: self._by_planes(x) if self.replaced else own(x)
         self._x: Tensor | None = None  # input and up projection of the prompt pass in progress
         self._up: Tensor | None = None
 
@@ -152,11 +171,24 @@ class PrunedFFN(PrunedSite):
 
     def read(self, x: Tensor) -> Tensor:
         """Prompt pass of ``gate``, which measures the up projection."""
+        if self.replaced:
+            return self._by_planes(x, measured=True)
         try:
             self._x = x
             return self.dense_forward(x)
         finally:
             self._x = self._up = None
+
+    def _by_planes(self, x: Tensor, measured: bool = False) -> Tensor:
+        """The dense FFN of all that the planes hold."""
+        weights = self.weights()
+        gate = F.linear(x, weights.gate, weights.gate_bias)
+        up = F.linear(x, weights.up, weights.up_bias)
+        h = self.site.combine(gate, up)
+        if measured:
+            off = self._measure(h, up)
+            h = h if off is None else _without(h, *off)
+        return arithmetic.project_down(h, weights)
 
     def keep_up(self, module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of an up projection that is a layer by itself."""
@@ -197,30 +229,46 @@ class PrunedFFN(PrunedSite):
             return None
         (h,) = args
         with torch.inference_mode(False), torch.no_grad():
-            flat, up = h.detach().flatten(0, -2), None
-            if self.site.factor is not None:  # what decode computes includes it, the down projection's input does not
-                flat = flat * self.site.factor()
-            groups = prompt.groups_of(len(flat))
-            if not groups:
-                return None
+            up = None
             if self.ranking.wants_up:
                 up = self._up if self._up is not None else self._recompute_up()
-                up = up.flatten(0, -2)
-            read = {}
-            for modality, rows in groups.items():
-                own = slice(None) if rows is None else rows.to(h.device)
-                read[modality] = self.ranking.measured(flat[own], up=None if up is None else up[own])
-            statistics = self.add(prompt, JointStatistics(read))
+        factor = None if self.site.factor is None else self.site.factor()
+        off = self._measure(h, up, factor)
+        return None if off is None else (_without(h, *off),)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _measure(
+        self, h: Tensor, up: Tensor | None, factor: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor | float] | None:
+        """Adds h and the up projection ``[..., d_ff]`` of a prompt pass to its statistics.
+
+        Args:
+            factor: what decode's h has more than this one.
+
+        Returns:
+            Places of the channels that the prompt is to do without, and what stands in for them; None = it has all.
+        """
+        prompt, flat = self.phase.prompt, h.detach().flatten(0, -2)
+        if factor is not None:
+            flat = flat * factor
+        groups = prompt.groups_of(len(flat))
+        if not groups:
+            return None
+        up = None if up is None else up.detach().flatten(0, -2)
+        read = {}
+        for modality, rows in groups.items():
+            own = slice(None) if rows is None else rows.to(h.device)
+            read[modality] = self.ranking.measured(flat[own], up=None if up is None else up[own])
+        statistics = self.add(prompt, JointStatistics(read))
         if self.config.prefill == "dense" or self.sizes.is_dense or prompt.refreshes:
             return None
         pooled, short = self.ranking.pooled(statistics), self.ranking.is_short(statistics, prompt.all_tokens)
         pruned = self.ranking.split(pooled, statistics.tokens, short).pruned
-        h = h.clone()
         mean = 0.0
         if self.config.fill == "mean":
-            mean = (pooled.mean[pruned] / (1.0 if self.site.factor is None else self.site.factor())).to(h.dtype)
-        h[..., self.layout.positions(pruned)] = mean
-        return (h,)
+            mean = (pooled.mean[pruned] / (1.0 if factor is None else factor)).to(h.dtype)
+        return self.layout.positions(pruned), mean
 
     def _recompute_up(self) -> Tensor:
         weights = self.site.weights()
@@ -233,6 +281,12 @@ class PrunedFFN(PrunedSite):
         order = self.layout_order().to(x.device)
         full[:, order] = True if passing is None else passing.reshape(batch * n_tokens, -1)
         self.trace.add(self.name, full.view(batch, n_tokens, -1).transpose(0, 1))
+
+
+def _without(h: Tensor, places: Tensor, instead: Tensor | float) -> Tensor:
+    h = h.clone()
+    h[..., places] = instead
+    return h
 
 
 def _note(read: int, tokens: int) -> str:

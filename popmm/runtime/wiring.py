@@ -13,6 +13,7 @@ from popmm.compat import CACHE_LENGTH, internal
 from popmm.runtime.attachment import Attachment
 from popmm.runtime.caches import StaticCaches
 from popmm.runtime.experts_interface import ON_MODULE, dense_experts
+from popmm.runtime.freed import FreedWeights
 from popmm.runtime.integrity import Integrity, leads_to
 from popmm.runtime.overrides import Hook, Kept, Override
 from popmm.runtime.rest import RestLayer
@@ -32,6 +33,7 @@ def wire(
     tower: list[PrunedTowerFFN],
     dense_modules: list[nn.Module],
     rest: list[RestLayer],
+    freed: FreedWeights | None,
 ) -> Attachment:
     """Overrides and hooks of everything that takes part, not yet installed.
 
@@ -40,11 +42,13 @@ def wire(
         state: what ``attach`` returns.
         dense_modules: experts that are left dense.
         rest: linear layers outside the FFNs that decode reads in fewer bits.
+        freed: the FFNs' own weights, if they are to be freed.
     """
     caches = StaticCaches()
     overrides = [Override(model, name, ours) for name, ours in _around_generate(model, runner, caches)]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
     overrides += [override for layer in rest for override in layer.overrides()]
+    overrides += [] if freed is None else freed.overrides()
     hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
     for ffn in ffns:
@@ -71,7 +75,8 @@ def wire(
         kept=[Kept(model, CACHE_LENGTH)],
         holds=list(_held(ffns)),
         writes=any(ffn.layout.name == "permute" and not ffn.sizes.is_dense for ffn in ffns),
-        after_install=notes,
+        after_install=[*notes, runner.begin],
+        freed=freed,
     )
 
 

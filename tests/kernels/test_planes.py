@@ -16,6 +16,7 @@ from popmm.method.activations import ACTIVATIONS, recognised
 from popmm.method.tiers import assign
 
 needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C compiler")
+BITS = [3, 4, 5, 6, 7, 8]
 SIZES = [(7, 64), (50, 576), (33, 1024), (12, 96), (9, 144), (5, 16)]  # rows, d: groups of 64, 32, 16
 
 
@@ -26,44 +27,51 @@ def matrix(n_rows, d, seed=0):
 
 def value(p, row, i, bits):
     """One weight, by the format's description."""
-    group, d = p.group, 2 * p.base.shape[1]
+    group, first = p.group, 3 if bits % 2 else 4
     g, at = divmod(i, group)
-    byte = int(p.base[row, (g * group) // 2 + at % (group // 2)])
-    u = byte & 15 if at < group // 2 else byte >> 4
     place, shift = (g * group) // 4 + at % (group // 4), 2 * (at // (group // 4))
-    if bits >= 6:
+    if first == 4:
+        byte = int(p.base[row, (g * group) // 2 + at % (group // 2)])
+        u = byte & 15 if at < group // 2 else byte >> 4
+    else:
+        start = g * group * 3 // 8
+        upper = int(p.base[row, start + at % (group // 4)]) >> shift & 3
+        u = 2 * upper + (int(p.base[row, start + group // 4 + at // 8]) >> at % 8 & 1)
+    if bits >= first + 2:
         u = 4 * u + (int(p.fine[row, place]) >> shift & 3)
-    if bits >= 8:
+    if bits >= first + 4:
         u = 4 * u + (int(p.finest[row, place]) >> shift & 3)
-    step = 2 ** (bits - 4)
-    middle = 8 * step + (step - 1) / 2
-    assert 0 <= i < d
+    step = 2 ** (bits - first)
+    middle = 2 ** (first - 1) * step + (step - 1) / 2
+    assert 0 <= i < p.d
     return float(p.scale[row, g]) * (u - middle) / step
 
 
 @pytest.mark.parametrize("n_rows, d", [(3, 64), (2, 96), (2, 16)])
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_decoding_follows_the_format(n_rows, d, bits):
-    p = planes.encode(matrix(n_rows, d))
+    p = planes.encode(matrix(n_rows, d), planes.base_of(bits))
+    assert bits in p.precisions and p.d == d
     expected = [[value(p, row, i, bits) for i in range(d)] for row in range(n_rows)]
     torch.testing.assert_close(planes.decode(p, bits), torch.tensor(expected), atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_rows, d", SIZES)
-def test_each_plane_halves_the_cell_twice(n_rows, d):
+@pytest.mark.parametrize("base", planes.BASES)
+def test_each_plane_halves_the_cell_twice(n_rows, d, base):
     w = matrix(n_rows, d)
-    p = planes.encode(w)
+    p = planes.encode(w, base)
     step = p.scale.float().abs().repeat_interleave(p.group, dim=1)
     inside = (
-        (w / p.scale.float().repeat_interleave(p.group, dim=1)).clamp(-8.5, 7.5)
+        (w / p.scale.float().repeat_interleave(p.group, dim=1)).clamp(-(2 ** (base - 1)) - 0.5, 2 ** (base - 1) - 0.5)
         * step
         * p.scale.float().sign().repeat_interleave(p.group, dim=1)
     )  # what is clipped is not the cell's fault
-    for bits, half_cell in ((4, 0.5), (6, 0.125), (8, 0.03125)):
+    for bits, half_cell in ((base, 0.5), (base + 2, 0.125), (base + 4, 0.03125)):
         error = (planes.decode(p, bits) - inside).abs() / step
         assert error.max() <= half_cell * 1.001
     clipped = (w - inside).norm() / w.norm()
-    assert clipped < 0.02
+    assert clipped < {4: 0.02, 3: 0.11}[base]
 
 
 @pytest.mark.parametrize(
@@ -84,11 +92,14 @@ def in_eight_bits(x, group):
 
 @needs_compiler
 @pytest.mark.parametrize("n_rows, d", SIZES)
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("n, k", [(1, 1), (2, 5), (1, 18), (3, 4)])
 def test_c_products_are_those_of_decoded_rows(n_rows, d, bits, n, k):
     generator = torch.Generator().manual_seed(k)
-    p, index = planes.encode(matrix(n_rows, d)), torch.randint(0, n_rows, (n, k), generator=generator)
+    p, index = (
+        planes.encode(matrix(n_rows, d), planes.base_of(bits)),
+        torch.randint(0, n_rows, (n, k), generator=generator),
+    )
     x, h = torch.randn(n, d, generator=generator), torch.randn(n, k, generator=generator)
     rows = planes.decode(p, bits)[index]
     dot = torch.einsum("nkd,nd->nk", rows.double(), in_eight_bits(x, p.group).double())
@@ -96,7 +107,16 @@ def test_c_products_are_those_of_decoded_rows(n_rows, d, bits, n, k):
     assert ((native.planes_dot(p, bits, index, x) - dot).abs() <= 4e-3 * size).all()
     total = torch.einsum("nkd,nk->nd", rows.double(), h.double())
     found = native.planes_add(p, bits, index, h)
-    assert (found - total).norm() <= {4: 2e-2, 6: 1.5e-3, 8: 1.5e-3}[bits] * total.norm()
+    assert (found - total).norm() <= (2e-2 if bits <= 4 else 1.5e-3) * total.norm()
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_rows, d", SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_c_decodes_as_the_twin_does(n_rows, d, bits):
+    p = planes.encode(matrix(n_rows, d), planes.base_of(bits))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(native.planes_decode(p, bits, dtype), planes.decode(p, bits).to(dtype))
 
 
 @needs_compiler
@@ -123,6 +143,7 @@ def test_c_products_do_not_depend_on_the_number_of_threads():
         (dict(index=torch.tensor([[-1]])), ValueError, "index -1"),
         (dict(x=torch.zeros(1, 63)), ValueError, r"give \(1, 64\)"),
         (dict(bits=5), TypeError, "4, 6 or 8 bits"),
+        (dict(bits=9), TypeError, "4, 6 or 8 bits"),
         (dict(fine=torch.zeros(7, 8, dtype=torch.uint8)), TypeError, "planes.encode"),
         (dict(scale=torch.zeros(7, 1)), TypeError, "planes.encode"),
         (dict(base=torch.zeros(32, 7, dtype=torch.uint8).T), TypeError, "planes.encode"),
@@ -137,19 +158,19 @@ def test_what_c_would_read_past_is_refused(change, error, message):
         native.planes_dot(p, change.get("bits", 4), index, x)
 
 
-FFNS = list(itertools.product(ACTIVATIONS, [False, True], [(12, 64), (24, 96), (40, 576)]))
+FFNS = list(itertools.product(ACTIVATIONS, [False, True], [(12, 64), (24, 96), (40, 576)], planes.BASES))
 
 
 @needs_compiler
-@pytest.mark.parametrize("activation, biased, size", FFNS, ids=str)
-def test_a_whole_ffn_is_made_of_single_products(activation, biased, size):
+@pytest.mark.parametrize("activation, biased, size, base", FFNS, ids=str)
+def test_a_whole_ffn_is_made_of_single_products(activation, biased, size, base):
     d_ff, d = size
     generator = torch.Generator().manual_seed(0)
-    parts = [planes.encode(matrix(2 * d_ff, d, seed)) for seed in range(3)]  # two experts
+    parts = [planes.encode(matrix(2 * d_ff, d, seed), base) for seed in range(3)]  # two experts
     rms, norms = torch.rand(2, d_ff, generator=generator), torch.rand(2, d_ff, generator=generator)
     biases = tuple(torch.randn(2, d_ff, generator=generator) for _ in range(2)) if biased else (None, None)
     tiers, first, x = (
-        ((8, 2), (6, 3), (4, d_ff // 2)),
+        ((base + 4, 2), (base + 2, 3), (base, d_ff // 2)),
         torch.tensor([d_ff, 0, d_ff]),
         torch.randn(3, d, generator=generator),
     )
@@ -160,9 +181,9 @@ def test_a_whole_ffn_is_made_of_single_products(activation, biased, size):
         which = own.start // d_ff
         rows = torch.arange(own.start, own.stop).view(1, -1)
         bias = [torch.zeros(d_ff) if b is None else b[which] for b in biases]
-        g = {b: native.planes_dot(parts[0], b, rows, x[t : t + 1])[0] + bias[0] for b in (4, 6, 8)}
-        u = {b: native.planes_dot(parts[1], b, rows, x[t : t + 1])[0] + bias[1] for b in (4, 6, 8)}
-        score = (act(g[4]) * rms[which]).abs() * norms[which]
+        g = {b: native.planes_dot(parts[0], b, rows, x[t : t + 1])[0] + bias[0] for b in parts[0].precisions}
+        u = {b: native.planes_dot(parts[1], b, rows, x[t : t + 1])[0] + bias[1] for b in parts[0].precisions}
+        score = (act(g[base]) * rms[which]).abs() * norms[which]
         expected, place = torch.zeros(d), 0
         for (bits, n), chosen in zip(tiers, assign(score[None], tiers)):
             mine, place = index[t, place : place + n], place + n
@@ -208,8 +229,8 @@ TRITON = """
 import torch
 from popmm.kernels import planes, triton_planes as room
 for n_rows, d in ((7, 64), (20, 192), (12, 96), (9, 144)):
-    p = planes.encode(torch.randn(n_rows, d))
-    for bits in (4, 6, 8):
+    for bits in (3, 4, 5, 6, 7, 8):
+        p = planes.encode(torch.randn(n_rows, d), planes.base_of(bits))
         for n, k in ((1, 1), (2, 5), (1, 37)):
             index, x, h = torch.randint(0, n_rows, (n, k)), torch.randn(n, d), torch.randn(n, k)
             close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

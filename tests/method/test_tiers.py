@@ -5,16 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popmm.method.tiers import BITS, assign, bits_read, tier_sizes
+from popmm.method.tiers import FEW_BYTES, assign, bits_read, tier_sizes
 
 
 @given(st.integers(64, 20000), st.floats(0.12, 0.51), st.sampled_from([16, 32, 64]))
 def test_tiers_read_the_share_they_are_given(d_ff, share, group):
     sizes = tier_sizes(d_ff, share, group)
-    assert [bits for bits, _ in sizes.tiers] == [b for b in BITS if b in dict(sizes.tiers)]
+    base = 3 if share < FEW_BYTES else 4
+    assert [b for b, _ in sizes.tiers] == [b for b in (base + 4, base + 2, base) if b in dict(sizes.tiers)]
     assert sum(n for _, n in sizes.tiers) == sizes.budget <= d_ff and sizes.read == d_ff and not sizes.is_dense
-    # by hand: 4 bits of all gate rows, the rest of the gate and up and down at each tier's bits
-    bits = d_ff * (4 + 16 / group) + sum(n * (b - 4 + 2 * (b + 16 / group)) for b, n in sizes.tiers)
+    # by hand: the first plane of all gate rows, the rest of the gate and up and down at each tier's bits
+    bits = d_ff * (base + 16 / group) + sum(n * (b - base + 2 * (b + 16 / group)) for b, n in sizes.tiers)
     assert bits_read(sizes, group) == pytest.approx(bits / d_ff)
     everything = d_ff * 3 * (8 + 16 / group)
     slack = 3 * (8 + 16 / group) * 1.5  # a channel or so
@@ -22,7 +23,7 @@ def test_tiers_read_the_share_they_are_given(d_ff, share, group):
 
 
 def test_plain_quantisation_chooses_nothing():
-    for bits in (8, 6, 4):
+    for bits in (8, 7, 6, 5, 4, 3):
         sizes = tier_sizes(100, 0.3, 64, weight_bits=bits)
         assert sizes.tiers == ((bits, 100),) and bits_read(sizes, 64) == pytest.approx(3 * (bits + 0.25))
 
@@ -33,8 +34,8 @@ def test_all_of_the_bytes_is_the_dense_ffn(weight_bits):
 
 
 def test_fewer_bytes_than_the_gate_takes_are_refused():
-    with pytest.raises(ValueError, match=r"8.9% of the FFN's bytes at 16 bits.*may read 8.0%: give bytes=0.11 or more"):
-        tier_sizes(1000, 0.08, 64)
+    with pytest.raises(ValueError, match=r"6.8% of the FFN's bytes at 16 bits.*may read 6.0%: give bytes=0.09 or more"):
+        tier_sizes(1000, 0.06, 64)
 
 
 def test_tiers_go_by_score_and_ties_to_the_lower_channel():

@@ -1,0 +1,62 @@
+/* Rows in nested planes (planes.py says how they are coded), as planes.c and tiers.c share them. */
+#include "common.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+/* Row r of d weights: `base` d / 2 bytes (3 bits: 3 d / 8), `fine` and `finest` d / 4 each, `scale` d / group float16.
+ * An odd number of bits is of planes whose first has 3 bits, an even one of those whose first has 4. */
+typedef struct {
+    const uint8_t *base, *fine, *finest;
+    const uint16_t *scale;
+    int64_t n_rows, d, group;
+} planes;
+
+static const float MIDDLE[9] = {[3] = 4.0f, [4] = 8.0f, [5] = 17.5f, [6] = 33.5f, [7] = 71.5f, [8] = 135.5f};
+static inline int base_bits(int bits) { return bits & 1 ? 3 : 4; }
+static inline int cells(int bits) { return 1 << (bits - base_bits(bits)); } /* of a base code that these bits tell */
+static inline const uint8_t *base_of(const planes *p, int64_t row, int bits, int64_t g) {
+    return p->base + (row * p->d + g * p->group) * base_bits(bits) / 8;
+}
+static inline const uint8_t *pairs_of(const uint8_t *plane, const planes *p, int64_t row, int64_t g) {
+    return plane + (row * p->d + g * p->group) / 4;
+}
+
+/* the value of weight i of a group as its number in so many bits */
+static inline int number(const planes *p, int64_t row, int bits, int64_t g, int64_t i) {
+    const int64_t half = p->group / 2, quarter = p->group / 4, at = i % quarter;
+    const uint8_t *base = base_of(p, row, bits, g);
+    const int shift = 2 * (int)(i / quarter);
+    int u;
+    if (bits & 1) u = (base[at] >> shift & 3) << 1 | (base[quarter + i / 8] >> (i % 8) & 1);
+    else u = i < half ? base[i] & 15 : base[i - half] >> 4;
+    if (bits >= 5 && bits != 4) u = u << 2 | (pairs_of(p->fine, p, row, g)[at] >> shift & 3);
+    if (bits >= 7) u = u << 2 | (pairs_of(p->finest, p, row, g)[at] >> shift & 3);
+    return u;
+}
+
+/* a vector in 8 bits per group */
+typedef struct {
+    int8_t *code;  /* [d] */
+    float *step;   /* [groups], padded to a multiple of 16 */
+    float *total;  /* [groups]: the sum of a group's rounded values */
+} rounded;
+
+/* memory for one; 0 = there is none. To be freed: code */
+int new_rounded(int64_t d, int64_t group, rounded *x);
+void round_vector(const float *x, int64_t d, int64_t group, rounded *to);
+
+/* Of one thread of a team: its share of the work, by its number. */
+typedef struct {
+    int64_t me, all;
+} part;
+
+/* out[j] = row[index[j]] . x for this thread's j; index NULL: rows first, first + 1, ... */
+void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, float *out,
+              part whose);
+
+/* y[d] += sum over j of h[j] * row[index[j]] for this thread's columns; `work`: add_memory floats of its own */
+void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, part whose);
+
+#define AHEAD 8 /* rows whose lines are fetched meanwhile */
+#define OUT_OF_MEMORY INT64_MAX

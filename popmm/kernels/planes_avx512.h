@@ -1,0 +1,172 @@
+/* Products in groups of 64, by AVX-512 with VNNI: a group's numbers are the 64 bytes of one register. */
+#include <immintrin.h>
+
+#define VECTORS 1
+#define AT_ONCE 4 /* rows, so that x is loaded once for all */
+#define TILE 16   /* rows whose factors share a scale per group */
+
+static inline __m512i pairs64(const uint8_t *c) {
+    const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)c));
+    return _mm512_and_si512(_mm512_srlv_epi32(all, shifts), _mm512_set1_epi8(3));
+}
+
+static inline __m512i nibbles64(const uint8_t *c) {
+    const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)c));
+    return _mm512_and_si512(_mm512_srlv_epi32(both, shifts), _mm512_set1_epi8(15));
+}
+
+static inline __m512i threes64(const uint8_t *c) {
+    uint64_t last;
+    memcpy(&last, c + 16, 8);
+    return _mm512_or_si512(_mm512_slli_epi16(pairs64(c), 1), _mm512_maskz_set1_epi8(last, 1));
+}
+
+/* the numbers of a group; bits is known where this is compiled */
+static inline __attribute__((always_inline)) __m512i numbers(const planes *p, int64_t row, int bits, int64_t g) {
+    __m512i u = bits & 1 ? threes64(base_of(p, row, bits, g)) : nibbles64(base_of(p, row, bits, g));
+    if (bits < 5) return u;
+    const __m512i fine = pairs64(pairs_of(p->fine, p, row, g));
+    if (bits < 7) return _mm512_or_si512(_mm512_slli_epi16(u, 2), fine);
+    const __m512i finest = pairs64(pairs_of(p->finest, p, row, g));
+    return _mm512_or_si512(_mm512_slli_epi16(u, 4), _mm512_or_si512(_mm512_slli_epi16(fine, 2), finest));
+}
+
+static inline __attribute__((always_inline)) void numbers_to(const planes *p, int64_t row, int bits, int64_t g, uint8_t *to) {
+    _mm512_storeu_si512(to, numbers(p, row, bits, g));
+}
+
+static inline __attribute__((always_inline)) void fetch(const planes *p, int64_t row, int bits, int64_t g) {
+    __builtin_prefetch(base_of(p, row, bits, g));
+    if (bits >= 5) __builtin_prefetch(pairs_of(p->fine, p, row, g));
+    if (bits >= 7) __builtin_prefetch(pairs_of(p->finest, p, row, g));
+}
+
+static inline __m512 halves(const uint16_t *s, int64_t n) {
+    const __mmask16 own = n >= 16 ? 0xffff : (1u << n) - 1;
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(own, s));
+}
+
+/* four rows at once; `next` are fetched meanwhile */
+static inline __attribute__((always_inline)) void dots(const planes *p, const int64_t *row, const int64_t *next, int bits,
+                                                       const rounded *x, float *out) {
+    const int64_t groups = p->d / 64;
+    __m512 sum[AT_ONCE], offset[AT_ONCE];
+    for (int r = 0; r < AT_ONCE; r++) sum[r] = offset[r] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g += 16) {
+        const int64_t n = groups - g < 16 ? groups - g : 16;
+        float scaled[AT_ONCE][16];
+        for (int r = 0; r < AT_ONCE; r++) {
+            const __m512 scale = halves(p->scale + row[r] * groups + g, n);
+            offset[r] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(x->total + g), offset[r]);
+            _mm512_storeu_ps(scaled[r], _mm512_mul_ps(scale, _mm512_loadu_ps(x->step + g)));
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const __m512i codes = _mm512_loadu_si512(x->code + (g + i) * 64);
+            for (int r = 0; r < AT_ONCE; r++) {
+                if (!((g + i) & 1)) fetch(p, next[r], bits, g + i);
+                const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers(p, row[r], bits, g + i), codes);
+                sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(scaled[r][i]), _mm512_cvtepi32_ps(whole), sum[r]);
+            }
+        }
+    }
+    for (int r = 0; r < AT_ONCE; r++) {
+        const __m512 both = _mm512_fnmadd_ps(_mm512_set1_ps(MIDDLE[bits]), offset[r], sum[r]);
+        out[r] = _mm512_reduce_add_ps(both) / cells(bits);
+    }
+}
+
+/* Factors of TILE rows for 16 groups in 8 bits: word[q][i] holds those of rows 4 q to 4 q + 3 for group i, step their unit;
+ * what they leave over stays in f. */
+static inline void round_factors(__m512 f[TILE], int32_t word[TILE / 4][16], float step[16]) {
+    __m512 most = _mm512_setzero_ps();
+    for (int r = 0; r < TILE; r++) most = _mm512_max_ps(most, _mm512_abs_ps(f[r]));
+    const __m512 unit = _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127));
+    const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127), most);
+    for (int q = 0; q < TILE / 4; q++) {
+        __m512i packed = _mm512_setzero_si512();
+        for (int r = 3; r >= 0; r--) {
+            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(f[4 * q + r], inverse));
+            f[4 * q + r] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), unit, f[4 * q + r]);
+            packed = _mm512_or_si512(_mm512_slli_epi32(packed, 8), _mm512_and_si512(code, _mm512_set1_epi32(255)));
+        }
+        _mm512_storeu_si512(word[q], packed);
+    }
+    _mm512_storeu_ps(step, unit);
+}
+
+static inline void add_to(float *y, __m512i sum, __m512 unit) {
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), unit, _mm512_loadu_ps(y)));
+}
+
+/* Columns of a group as the unpacking below leaves them: of each quarter the first four, the second four, ... */
+static inline void unshuffled(const float *y, float *to) {
+    for (int i = 0; i < 4; i++)
+        for (int lane = 0; lane < 4; lane++)
+            for (int c = 0; c < 4; c++) to[lane * 16 + i * 4 + c] += y[i * 16 + lane * 4 + c];
+}
+
+/* y += sum over rows of factor * number, total += sum of the factors as they were rounded, of the groups g to g + n.
+ * Rows of more than their base's bits take factors in 15 bits. */
+static inline __attribute__((always_inline)) void add_groups(const planes *p, const int64_t *row, const int64_t *next, int bits,
+                                                             int64_t g, int64_t n, __m512 f[TILE], float *y, __m512 *total) {
+    int32_t word[TILE / 4][16], finer[TILE / 4][16];
+    float step[16], small[16];
+    for (int r = 0; r < TILE; r++) *total = _mm512_add_ps(*total, f[r]);
+    round_factors(f, word, step);
+    if (bits > 4) round_factors(f, finer, small);
+    for (int r = 0; r < TILE; r++) *total = _mm512_sub_ps(*total, f[r]);
+    for (int64_t i = 0; i < n; i++) {
+        __m512i sum[4], rest[4];
+        for (int c = 0; c < 4; c++) sum[c] = rest[c] = _mm512_setzero_si512();
+        for (int q = 0; q < TILE / 4; q++) {
+            __m512i u[4];
+            for (int r = 0; r < 4; r++) {
+                if (!(i & 1)) fetch(p, next[4 * q + r], bits, g + i);
+                u[r] = numbers(p, row[4 * q + r], bits, g + i);
+            }
+            const __m512i a = _mm512_unpacklo_epi8(u[0], u[1]), b = _mm512_unpackhi_epi8(u[0], u[1]);
+            const __m512i c = _mm512_unpacklo_epi8(u[2], u[3]), e = _mm512_unpackhi_epi8(u[2], u[3]);
+            const __m512i own[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, e),
+                                    _mm512_unpackhi_epi16(b, e)};
+            for (int part = 0; part < 4; part++) {
+                sum[part] = _mm512_dpbusd_epi32(sum[part], own[part], _mm512_set1_epi32(word[q][i]));
+                if (bits > 4) rest[part] = _mm512_dpbusd_epi32(rest[part], own[part], _mm512_set1_epi32(finer[q][i]));
+            }
+        }
+        for (int part = 0; part < 4; part++) {
+            add_to(y + i * 64 + part * 16, sum[part], _mm512_set1_ps(step[i]));
+            if (bits > 4) add_to(y + i * 64 + part * 16, rest[part], _mm512_set1_ps(small[i]));
+        }
+    }
+}
+
+/* y[groups from to to] += sum of rows */
+static inline __attribute__((always_inline)) void add_tiles(const planes *p, int bits, int64_t first, const int64_t *index,
+                                                            const float *h, int64_t k, int64_t from, int64_t to, float *y) {
+    const int64_t groups = p->d / 64;
+    for (int64_t g = from; g < to; g += 16) { /* sums of so many columns stay in the cache */
+        const int64_t n = to - g < 16 ? to - g : 16;
+        float own[16 * 64] = {0};
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t j = 0; j < k; j += TILE) {
+            int64_t row[TILE], next[TILE];
+            __m512 f[TILE];
+            for (int r = 0; r < TILE; r++) {
+                row[r] = first + index[j + r < k ? j + r : k - 1];
+                next[r] = first + index[j + TILE + r < k ? j + TILE + r : k - 1];
+                const float factor = j + r < k ? h[j + r] / cells(bits) : 0;
+                f[r] = _mm512_mul_ps(halves(p->scale + row[r] * groups + g, n), _mm512_set1_ps(factor));
+            }
+            add_groups(p, row, next, bits, g, n, f, own, &total);
+        }
+        float middle[16];
+        _mm512_storeu_ps(middle, _mm512_mul_ps(total, _mm512_set1_ps(-MIDDLE[bits])));
+        for (int64_t i = 0; i < n; i++) {
+            for (int c = 0; c < 64; c++) own[i * 64 + c] += middle[i];
+            unshuffled(own + i * 64, y + (g + i) * 64);
+        }
+    }
+}
