@@ -38,8 +38,9 @@ class PopConfig:
             unless given. With ``selection="gate"``: share of the gate rows that is read; None = chosen from the bytes.
         selection: ``"gate"``: gate rows first, then up and down rows of the K channels that they predict to
             weigh most, which the ratio's bytes allow: ``1 - ffn_ratio`` of the FFN's; ``"tiers"``: a copy in
-            nested planes of 4, 6 and 8 bits (3, 5 and 7 where few bytes are asked for); the gate rows' first plane predicts which channels to read in how many, for
-            ``1 - ffn_ratio`` of the FFN's bytes at 16 bits; ``"mask"``: the best K of
+            nested planes of 4, 6 and 8 bits (3, 5 and 7 where few bytes are asked for): the first plane of the gate
+            rows predicts which channels to read in how many, for ``1 - ffn_ratio`` of the FFN's bytes at 16 bits;
+            ``"mask"``: the best K of
             retained and candidate channels pass (paper); ``"keep"``: all of them pass. None = gate, or mask if a
             candidate_fraction is given, which is how the paper's method is set, or tiers with ``bytes``.
         importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);

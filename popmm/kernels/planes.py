@@ -1,8 +1,8 @@
 """Weights in nested planes: a base of 4 or 3 bits of every weight, 2 more, and 2 more, one scale per group of a row.
 
-A weight w in a group of scale s is ``code = round(w / s)`` in [-8, 7] (of 3 bits [-4, 3]), and where it lies within the
-code's cell: ``fine`` tells the quarter, ``finest`` the quarter of the quarter. With 4, 6 or 8 bits read (3, 5 or 7) it is
-taken to lie in the middle of its cell, so that each precision is centred by itself. In one number,
+A weight w in a group of scale s is ``code = round(w / s)`` in [-8, 7] (of 3 bits [-4, 3]), and where it lies within
+the code's cell: ``fine`` tells the quarter, ``finest`` the quarter of the quarter. With 4, 6 or 8 bits read (3, 5 or 7)
+it is taken to lie in the middle of its cell, so that each precision is centred by itself. In one number,
 ``u = (code + 2^(base - 1)) * 2^(bits - base) + cell``, and the value is ``s * (u - MIDDLE[bits]) / 2^(bits - base)``.
 """
 
@@ -32,7 +32,7 @@ class Planes(NamedTuple):
     """Rows ``[n, d]``."""
 
     # codes, counted from 0. 4 bits: uint8 [n, d / 2], the first half of a group in the low nibbles. 3 bits: uint8
-    # [n, 3 d / 8], of each group the upper two bits in the order of `fine`, then the last one, of weight i in byte i / 8
+    # [n, 3 d / 8], of each group the upper two bits in the order of `fine`, then the last one, weight i in byte i / 8
     base: Tensor
     fine: Tensor  # uint8 [n, d / 4]: the k-th quarter of a group in the k-th pair of bits
     finest: Tensor  # the same

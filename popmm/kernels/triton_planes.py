@@ -1,8 +1,8 @@
 """Triton kernels: products with chosen rows in nested planes. Deterministic, float32 accumulation, no atomics.
 
 A group is read by quarters: the k-th quarter's nibbles lie in the low halves of the bytes for k < 2, in the high ones
-else, and its further bits in the k-th pair of each byte of ``fine`` and ``finest``. Planes of 3 bits have the upper two of
-them in such pairs, followed by a byte for the last bits of eight weights.
+else, and its further bits in the k-th pair of each byte of ``fine`` and ``finest``. Planes of 3 bits have the upper two
+of them in such pairs, followed by a byte for the last bits of eight weights.
 """
 
 from __future__ import annotations

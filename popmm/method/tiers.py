@@ -1,9 +1,9 @@
 """How many channels a token reads at which precision: tiers, the best channels in most bits, the worst not at all.
 
 Weights lie in nested planes (``popmm.kernels.planes``): 4 bits for all, 2 more, and 2 more; where few bytes may be
-read, 3, 2 and 2. A token reads the first plane of every gate row, which predicts each channel's weight; up rows and down
-columns of the ``n`` best channels follow, in 8, 6 or 4 bits by rank (7, 5 or 3), and the gate's own further planes for
-those read in more than the first.
+read, 3, 2 and 2. A token reads the first plane of every gate row, which predicts each channel's weight; up rows and
+down columns of the ``n`` best channels follow, in 8, 6 or 4 bits by rank (7, 5 or 3), and the gate's own further planes
+for those read in more than the first.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from popmm.method.budget import RegionSizes
 
 PLAIN_BITS = 16  # of a weight as it came, in which shares of bytes are told
 SCALE_BITS = 16  # per group of a row
-FEW_BYTES = 0.225  # share below which a first plane of 3 bits serves better than one of 4
+FEW_BYTES = 0.21  # share below which a first plane of 3 bits serves better than one of 4
 
 # by share of the bytes: shares of the channels read in all the planes' bits, and in two planes' bits; the rest of the
 # bytes go to the first plane. Measured by KL on SmolLM2-135M and Gemma-3-270m (docs/quality.md)
 SPLITS = {
-    3: ((0.0, 0.0, 0.0), (0.13, 0.0, 0.03), (0.167, 0.02, 0.07), (0.20, 0.03, 0.15), (0.225, 0.04, 0.20)),
+    3: ((0.0, 0.0, 0.0), (0.13, 0.01, 0.05), (0.167, 0.02, 0.07), (0.20, 0.02, 0.20), (0.21, 0.03, 0.20)),
     4: (
         (0.0, 0.0, 0.0),
         (0.20, 0.0, 0.05),

@@ -24,6 +24,7 @@ from popmm.runtime.ranking import Ranking
 if TYPE_CHECKING:
     from popmm.adapters import FFNSite
     from popmm.config import PopConfig
+    from popmm.method.ffn import FFNWeights
     from popmm.runtime.phase import Phase
     from popmm.runtime.prompt import PromptPass
     from popmm.runtime.trace import Trace
