@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from popmm.kernels import native, planes, twin
+from popmm.kernels import native, operators, planes, twin
 from popmm.kernels.planes import Planes
 
 
@@ -225,16 +225,25 @@ def planes_dot(rows: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
 
 
 class PlanesLinear:
-    """``x @ rows.T`` for few x ``[n, d]``, rows read in ``bits`` bits for each of them, float32 ``[n, n_rows]``."""
+    """``x @ rows.T + bias`` of few x ``[..., d]``, rows read in ``bits`` bits for each of them, in the dtype of x."""
 
-    def __init__(self, rows: Planes, bits: int) -> None:
+    def __init__(self, rows: Planes, bits: int, bias: Tensor | None = None) -> None:
         self._rows, self._bits = [*rows], bits
+        self._bias = None if bias is None else bias.detach().float()
         self._eager = native.PlanesLinear(rows, bits) if native.serves_planes(rows) else None
+        self._handle = None if self._eager is None else self._eager.operator(self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._handle is not None:
+            return operators.planes_linear(x.contiguous(), self._handle)
+        flat = x.reshape(-1, x.shape[-1]).float()
         if torch.compiler.is_compiling():
-            return _ops["_planes_linear"](self._rows, self._bits, x)
-        return _planes_linear(self._rows, self._bits, x) if self._eager is None else self._eager(x)
+            y = _ops["_planes_linear"](self._rows, self._bits, flat)
+        else:
+            y = _planes_linear(self._rows, self._bits, flat) if self._eager is None else self._eager(flat)
+        if self._bias is not None:
+            y = y + self._bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
@@ -273,6 +282,21 @@ class TiersFFN:
         self._eager = native.TiersFFN(parts, d_ff, rms, norms, biases, activation, tiers)
         bits, counts = [b for b, _ in tiers], [n for _, n in tiers]
         self._arguments = [t for rows in parts for t in rows], d_ff, rms, norms, *biases, activation, bits, counts
+        self._handle = self._eager.operator()
+
+    @property
+    def steps(self) -> bool:
+        """Whether ``step`` can be called."""
+        return self._handle is not None
+
+    def step(self, x: Tensor, first: Tensor | None = None, wide: bool = False) -> Tensor:
+        """What a call gives, without saying which channels were read.
+
+        Args:
+            first: as in a call; None = all tokens through the first FFN.
+            wide: y in float32, else in the dtype of x.
+        """
+        return operators.tiers_ffn(x.contiguous(), first, wide, self._handle)
 
     def __call__(self, first: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens x, float32 ``[n, d_model]``, each through the FFN whose rows begin at ``first``, int64 ``[n]``.

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger("popmm")
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "planes.c", "tiers.c")]
@@ -32,36 +34,69 @@ _ARGUMENTS = {
     "planes_decode": "aaaasssiiai",
     "tiers_ffn": "aaassssaaaaisaaasaaai",
 }
+_OPERATORS = {"new_linear": "asssia", "free_linear": "s", "new_ffn": "aaassssaaaaisaa", "free_ffn": "s"}
+_WITHOUT_RESULT = ("choose", "planes_decode", "free_linear", "free_ffn")
+
+
+@functools.cache
+def _file() -> Path | None:
+    """The compiled kernels' file, or None."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if os.environ.get("POPMM_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
+        return None
+    return _built(
+        "rows", [compiler, *_FLAGS], _SOURCES, _READ, "the C kernels could not be built, torch serves instead"
+    )
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None. ``POPMM_NATIVE=0`` in the environment turns them off."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    if os.environ.get("POPMM_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
+    return None if _file() is None else _declared(ctypes.CDLL(str(_file())), _ARGUMENTS)
+
+
+@functools.cache
+def operators() -> ctypes.CDLL | None:
+    """The same as operators of torch's dispatcher, or None. ``POPMM_OPERATORS=0`` turns them off."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if _file() is None or compiler is None or os.environ.get("POPMM_OPERATORS") == "0":
         return None
-    text = b"".join(file.read_bytes() for file in _READ) + " ".join([compiler, *_FLAGS, _processor()]).encode()
+    home = Path(torch.__file__).parent
+    command = [compiler, "-std=c++20", "-O2", "-march=native", "-shared", "-fPIC", f"-I{home / 'include'}"]
+    command += [f"-L{home / 'lib'}", "-ltorch_cpu", f"-DTORCH={torch.__version__}", f"-Wl,-rpath,{_file().parent}"]
+    source = Path(__file__).with_name("operators.cpp")
+    instead = "the native operators could not be built, calls through Python serve instead"
+    file = _built("operators", command, [source, _file()], [source, _file()], instead)
+    if file is None:
+        return None
+    torch.ops.load_library(str(file))
+    return _declared(ctypes.CDLL(str(file)), _OPERATORS)
+
+
+def _built(name: str, command: list[str], sources: list[Path], read: list[Path], instead: str) -> Path | None:
+    """The shared library that a compiler makes of some files, from the cache if it has made it before."""
+    text = b"".join(file.read_bytes() for file in read) + " ".join([*command, _processor()]).encode()
     key = hashlib.sha256(text).hexdigest()[:16]
     try:
-        file = _cache_folder() / f"rows-{key}.so"
+        file = _cache_folder() / f"{name}-{key}.so"
         if not file.exists():
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-                built = Path(folder) / "rows.so"
-                command = [compiler, *_FLAGS, "-o", str(built), *map(str, _SOURCES)]
+                built = Path(folder) / "built.so"
+                command = [command[0], "-o", str(built), *map(str, sources), *command[1:]]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, file)  # another process may have been first
-        return _declared(ctypes.CDLL(str(file)))
+        return file
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", b"") or str(error).encode()
-        logger.warning("the C kernels could not be built, torch serves instead: %s", detail.decode()[:300])
+        logger.warning("%s: %s", instead, detail.decode()[:300])
         return None
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, arguments in _ARGUMENTS.items():
+def _declared(library: ctypes.CDLL, functions: dict[str, str]) -> ctypes.CDLL:
+    for name, arguments in functions.items():
         function = getattr(library, name)
         function.argtypes = [_LETTERS[letter] for letter in arguments]
-        function.restype = None if name in ("choose", "planes_decode") else ctypes.c_int64
+        function.restype = None if name in _WITHOUT_RESULT else ctypes.c_int64
     return library
 
 

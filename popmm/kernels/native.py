@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from popmm.kernels import operators
 from popmm.kernels.build import library
 from popmm.kernels.planes import MIDDLE, Planes, base_of
 
@@ -100,6 +101,17 @@ class PlanesLinear:
     def __init__(self, rows: Planes, bits: int) -> None:
         found, self.n_rows, self.d = _planes(rows, bits)
         self._held, self._before = rows, [*found, None]
+        self.group, self.bits = rows.group, bits
+
+    def operator(self, bias: Tensor | None) -> int | None:
+        """The handle of a native operator that adds ``bias`` (float32 ``[n_rows]``) too; None if there are none."""
+        if not operators.available():
+            return None
+        if bias is not None:
+            bias = _floats(bias, "bias", (self.n_rows,))
+        self._bias = bias  # whose address follows
+        own = operators.addresses(self._held), self.n_rows, self.d, self.group, self.bits
+        return operators.linear(self, [*own, None if bias is None else _p(bias)], self.n_rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = _floats(x, "x", (len(x), self.d))
@@ -165,6 +177,10 @@ class TiersFFN:
         self._before += [n_rows, self.d, group, d_ff, *(None if t is None else _p(t) for t in vectors)]
         self._before += [ACTIVATIONS.index(activation), len(tiers)]
         self._before += [(ctypes.c_int64 * len(tiers))(*own) for own in (bits, counts)]
+
+    def operator(self) -> int | None:
+        """The handle of a native operator; None if there are none."""
+        return operators.ffn(self, self._before) if operators.available() else None
 
     def __call__(self, first: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         first = _index(first, "first", 1)

@@ -3,16 +3,36 @@
 
 #include <omp.h>
 
-void choose(const float *score, int64_t n, int64_t u, int64_t k, uint32_t *work, int64_t *index); /* rows.c */
-
 enum { SILU, GELU_TANH, GELU, RELU };
 
-static inline float activated(float g, int activation) {
+/* e^x by 2^n * e^r, to a relative 2e-7, in plain arithmetic so that compilers can do several at once */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    const float n = nearbyintf(x * 1.44269504f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float e = 1.0f / 720;
+    e = e * r + 1.0f / 120, e = e * r + 1.0f / 24, e = e * r + 1.0f / 6, e = e * r + 0.5f, e = e * r + 1.0f, e = e * r + 1.0f;
+    const int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return e * power;
+}
+
+/* g[i] becomes act(g[i]); i from `from` to `to` */
+static void activate(float *g, int64_t from, int64_t to, int activation) {
     switch (activation) {
-    case SILU: return g / (1 + expf(-g));
-    case GELU_TANH: return g / (1 + expf(-1.5957691216f * (g + 0.044715f * g * g * g)));
-    case GELU: return 0.5f * g * (1 + erff(g * 0.70710678f));
-    default: return g > 0 ? g : 0;
+    case SILU:
+        for (int64_t i = from; i < to; i++) g[i] = g[i] / (1 + exponential(-g[i]));
+        break;
+    case GELU_TANH:
+        for (int64_t i = from; i < to; i++)
+            g[i] = g[i] / (1 + exponential(-1.5957691216f * (g[i] + 0.044715f * g[i] * g[i] * g[i])));
+        break;
+    case GELU:
+        for (int64_t i = from; i < to; i++) g[i] = 0.5f * g[i] * (1 + erff(g[i] * 0.70710678f));
+        break;
+    default:
+        for (int64_t i = from; i < to; i++) g[i] = g[i] > 0 ? g[i] : 0;
     }
 }
 
@@ -21,26 +41,68 @@ typedef struct {
     const int64_t *bits, *count;
 } tiers;
 
-/* Channels of each tier, the best first, rising within one: index[all]. left, place, work: memory for d_ff each; h too. */
-static void assign(const float *score, int64_t d_ff, tiers of, int64_t *index, float *h, int64_t *left, int64_t *place,
-                   uint32_t *work) {
+#define MOST_TIERS 3
+#define BUCKETS 2048 /* of the highest 12 bits of a score's number, whose sign is not set */
+
+/* the k-th highest of the n numbers in v, whose order changes; k counts from 0 */
+static uint32_t kth_highest(uint32_t *v, int64_t n, int64_t k) {
+    int64_t low = 0, high = n - 1;
+    while (low < high) { /* Hoare's selection */
+        const uint32_t pivot = v[low + (high - low) / 2];
+        int64_t i = low - 1, j = high + 1;
+        for (;;) {
+            do i++; while (v[i] > pivot);
+            do j--; while (v[j] < pivot);
+            if (i >= j) break;
+            const uint32_t swap = v[i];
+            v[i] = v[j], v[j] = swap;
+        }
+        if (k <= j) high = j;
+        else low = j + 1;
+    }
+    return v[k];
+}
+
+/* Channels of each tier, the best first, rising within one, ties to the lower: index[all].
+ *
+ * key[i]: the bits of score i, which is not negative. work: memory for d_ff. */
+static void assign(const uint32_t *key, int64_t d_ff, tiers of, int64_t *index, uint32_t *work) {
     if (of.n == 1 && of.all == d_ff) { /* nothing to choose */
         for (int64_t i = 0; i < d_ff; i++) index[i] = i;
         return;
     }
-    /* from the last tier to the first: the best of what is left belong to those before it */
-    choose(score, 1, d_ff, of.all, work, left);
-    int64_t kept = of.all;
-    for (int64_t i = of.n - 1; i >= 0; i--) {
-        const int64_t better = kept - of.count[i];
-        int64_t *tier = index + better, filled = 0, next = 0;
-        for (int64_t j = 0; j < kept; j++) h[j] = score[left[j]];
-        if (better) choose(h, 1, kept, better, work, place);
-        for (int64_t j = 0, m = 0; j < kept; j++) {
-            if (m < better && place[m] == j) left[next++] = left[j], m++;
-            else tier[filled++] = left[j];
+    int32_t count[BUCKETS] = {0};
+    for (int64_t i = 0; i < d_ff; i++) count[key[i] >> 20]++;
+    uint32_t least[MOST_TIERS] = {0};                   /* a tier takes what is above its least number, */
+    int64_t ties[MOST_TIERS] = {0}, next[MOST_TIERS + 1]; /* and so many of those that have just this */
+    int64_t bucket = BUCKETS - 1, above = 0, wanted = 0;
+    for (int64_t tier = 0; tier < of.n; tier++) {
+        next[tier] = wanted, wanted += of.count[tier];
+        if (!wanted || (tier && !of.count[tier])) {
+            least[tier] = tier ? least[tier - 1] : UINT32_MAX, ties[tier] = 0;
+            continue;
         }
-        kept = better;
+        while (above + count[bucket] < wanted) above += count[bucket--];
+        int64_t inside = 0;
+        for (int64_t i = 0; i < d_ff; i++) {
+            work[inside] = key[i];
+            inside += key[i] >> 20 == (uint32_t)bucket;
+        }
+        least[tier] = kth_highest(work, inside, wanted - above - 1);
+        ties[tier] = wanted - above;
+        for (int64_t i = 0; i < inside; i++) ties[tier] -= work[i] > least[tier];
+        for (int64_t t = 0; t < tier; t++) ties[tier] -= least[t] == least[tier] ? ties[t] : 0; /* taken by better tiers */
+    }
+    int64_t *to[MOST_TIERS + 1], unread = 0;
+    for (int64_t tier = 0; tier < of.n; tier++) to[tier] = index + next[tier];
+    to[of.n] = &unread;
+    for (int64_t i = 0; i < d_ff; i++) {
+        int64_t tier = 0;
+        for (int64_t t = 0; t < of.n; t++) tier += key[i] < least[t];
+        while (tier < of.n && key[i] == least[tier] && !ties[tier]) tier++;
+        if (tier < of.n && key[i] == least[tier]) ties[tier]--;
+        *to[tier] = i;
+        to[tier] += tier < of.n;
     }
 }
 
@@ -63,12 +125,10 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
     const int base = base_bits((int)bits[0]);
     const int chooses = !(of.n == 1 && of.all == d_ff);
     rounded own;
-    float *const values = malloc((4 * d_ff) * sizeof(float)), *const score = values + d_ff, *const h = values + 2 * d_ff;
-    float *const gates = values + 3 * d_ff;
-    int64_t *const place = malloc(2 * d_ff * sizeof(int64_t)), *const left = place + d_ff;
-    uint32_t *const work = malloc(d_ff * sizeof(uint32_t));
-    if (!values || !place || !work || !new_rounded(d, group, &own)) {
-        free(values), free(place), free(work);
+    float *const values = malloc(5 * d_ff * sizeof(float)), *const h = values + d_ff, *const gates = values + 2 * d_ff;
+    uint32_t *const key = (uint32_t *)values + 3 * d_ff, *const work = key + d_ff;
+    if (!values || !new_rounded(d, group, &own)) {
+        free(values);
         return OUT_OF_MEMORY;
     }
     memset(y, 0, n * d * sizeof(float));
@@ -78,41 +138,45 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
 #pragma omp parallel num_threads(threads)
         {
             const part whose = {omp_get_thread_num(), omp_get_num_threads()};
+            const int64_t share = (d_ff + whose.all - 1) / whose.all / 4 * 4 + 4; /* as rows_dot shares */
+            const int64_t low = whose.me * share < d_ff ? whose.me * share : d_ff;
+            const int64_t high = low + share < d_ff ? low + share : d_ff;
             if (chooses || bits[0] == base) {
-                rows_dot(&g, base, from, NULL, d_ff, &own, values, whose);
-#pragma omp barrier
+                rows_dot(&g, base, from + low, NULL, high - low, &own, values + low, (part){0, 1});
+                if (gate_bias)
+                    for (int64_t i = low; i < high; i++) values[i] += gate_bias[from + i];
+                activate(values, low, high, activation);
             }
-            if (chooses) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < d_ff; i++) {
-                    if (gate_bias) values[i] += gate_bias[from + i];
-                    score[i] = fabsf(activated(values[i], activation) * rms[from + i]) * norm[from + i];
+            if (chooses)
+                for (int64_t i = low; i < high; i++) {
+                    const float score = fabsf(values[i] * rms[from + i]) * norm[from + i];
+                    memcpy(key + i, &score, 4);
+                    key[i] &= 0x7fffffff;
                 }
-            } else if (gate_bias && bits[0] == base) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < d_ff; i++) values[i] += gate_bias[from + i];
-            }
+#pragma omp barrier
 #pragma omp single
-            assign(score, d_ff, of, index, h, left, place, work);
+            assign(key, d_ff, of, index, work);
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++]) {
-                const int64_t *tier = index + at;
-                rows_dot(&u, (int)bits[i], from, tier, count[i], &own, h + at, whose);
-                if (bits[i] > base) rows_dot(&g, (int)bits[i], from, tier, count[i], &own, gates + at, whose);
-            }
-#pragma omp barrier
-            for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++]) {
-#pragma omp for schedule(static) nowait
-                for (int64_t j = at; j < at + count[i]; j++) {
-                    const int64_t row = from + index[j];
-                    const float value = bits[i] == base ? values[index[j]] : gates[j] + (gate_bias ? gate_bias[row] : 0);
-                    h[j] = activated(value, activation) * (h[j] + (up_bias ? up_bias[row] : 0));
+                const int64_t n_own = (count[i] + whose.all - 1) / whose.all / 4 * 4 + 4;
+                const int64_t first_own = whose.me * n_own < count[i] ? at + whose.me * n_own : at + count[i];
+                const int64_t end = first_own + n_own < at + count[i] ? first_own + n_own : at + count[i];
+                const int64_t *tier = index + first_own;
+                if (first_own == end) continue;
+                rows_dot(&u, (int)bits[i], from, tier, end - first_own, &own, h + first_own, (part){0, 1});
+                if (bits[i] > base) {
+                    rows_dot(&g, (int)bits[i], from, tier, end - first_own, &own, gates + first_own, (part){0, 1});
+                    if (gate_bias)
+                        for (int64_t j = first_own; j < end; j++) gates[j] += gate_bias[from + index[j]];
+                    activate(gates, first_own, end, activation);
                 }
+                for (int64_t j = first_own; j < end; j++)
+                    h[j] = (bits[i] == base ? values[index[j]] : gates[j]) * (h[j] + (up_bias ? up_bias[from + index[j]] : 0));
             }
 #pragma omp barrier
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
                 if (count[i]) rows_add(&w, (int)bits[i], from, index + at, h + at, count[i], y + t * d, whose);
         }
     }
-    free(own.code), free(values), free(place), free(work);
+    free(own.code), free(values);
     return -1;
 }

@@ -189,6 +189,9 @@ class GateLayout(ChannelsStay):
             y = y + (self.down_bias if experts is None else self.down_bias[experts])
         return y, index
 
+    def step(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> None:
+        """Nothing: there is no operator of the whole FFN."""
+
     def decode_all(
         self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -116,6 +116,13 @@ class TiersLayout(ChannelsStay):
                 y = y + kernels.planes_add(self.down, bits, rows, combine(own, u))
             return _with(y, self.down_bias, experts), torch.cat(places, dim=1)
 
+    def step(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> Tensor | None:
+        """``decode`` by one native operator, in the dtype of x (of experts float32); None where there is none."""
+        if self.whole is None or not self.whole.steps or kernels.needs_gradient(x):
+            return None
+        first = None if experts is None else experts * self.sizes.d_ff
+        return _with(self.whole.step(x, first, wide=experts is not None), self.down_bias, experts)
+
     def decode_all(
         self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

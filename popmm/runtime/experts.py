@@ -110,6 +110,9 @@ class PrunedExperts(PrunedSite):
         experts, combine = index.flatten(), self.site.combine
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
         if self.gathers(len(x)):
+            y = self.layout.step(pairs, combine, experts) if self.trace is None else None
+            if y is not None:
+                return _mix(y, weight, x), None
             y, places = self.layout.decode(pairs, combine, experts)
             passing = self.marked(places) if self.trace is not None else None
         else:

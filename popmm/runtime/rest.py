@@ -37,18 +37,19 @@ class RestLayer:
         with torch.inference_mode(False), torch.no_grad():
             weight = self.module.weight.detach()
             check_finite(weight, f"{self.name} holds", "rest_bits=16")
-            self.planes, self._identity, self._marks = (
-                planes.encode(weight, base_of(self.bits)),
-                identity(weight),
-                [marks_of(weight)],
-            )
+            self.planes = planes.encode(weight, base_of(self.bits))
+            self._identity, self._marks = identity(weight), self._read_marks()
             served = kernels.serves_planes(self.planes)
-            self._product = kernels.PlanesLinear(self.planes, self.bits) if served else None
+            self._product = kernels.PlanesLinear(self.planes, self.bits, self.module.bias) if served else None
+
+    def _read_marks(self) -> list[Tensor]:
+        bias = self.module.bias
+        return [marks_of(self.module.weight), *([] if bias is None else [bias.detach().float().clone()])]
 
     def check(self) -> None:
         """Called before each prompt: reads weights that have changed again."""
         weight = self.module.weight
-        if self._identity != identity(weight) or not same(self._marks, [marks_of(weight)]):
+        if self._identity != identity(weight) or not same(self._marks, self._read_marks()):
             self.encode()
 
     def overrides(self) -> list[Override]:
@@ -60,15 +61,14 @@ class RestLayer:
         n_tokens = x.numel() // x.shape[-1]
         if not phase.step or phase.released or (n_tokens > SMALL_BATCH and not phase.simulating):
             return self.dense_forward(x)
-        rows = x.reshape(n_tokens, x.shape[-1])
+        dtype = output_dtype(self.module.weight)
+        if self._product is not None and n_tokens <= SMALL_BATCH and not kernels.needs_gradient(x):
+            return self._product(x.to(dtype))
         with without_autocast(x.device):
-            if self._product is not None and n_tokens <= SMALL_BATCH:
-                y = self._product(rows.float())
-            else:
-                y = F.linear(rows.float(), kernels.planes_decode(self.planes, self.bits))
+            y = F.linear(x.float(), kernels.planes_decode(self.planes, self.bits))
             if self.module.bias is not None:
                 y = y + self.module.bias
-        return y.to(output_dtype(self.module.weight)).view(*x.shape[:-1], -1)
+        return y.to(dtype)
 
     def read(self) -> tuple[int, int]:
         """(in planes, as it came) weight bytes that one token reads."""

@@ -198,13 +198,17 @@ class PrunedFFN(PrunedSite):
 
     def _decode_predicted(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         rows, layout, combine = x.flatten(0, -2), self.layout, self.site.combine
+        dtype = output_dtype(self.site.weights().down)
         if self.gathers(len(rows)):
+            y = layout.step(rows, combine) if self.trace is None and rows.dtype == dtype else None
+            if y is not None:
+                return y.view(x.shape), None
             y, index = layout.decode(rows, combine)
             passing = self.marked(index) if self.trace is not None else None
         else:
             choose = self.choose if self.phase.simulating else None
             y, passing = layout.decode_all(rows, combine, self.site.weights(), choose)
-        return y.view(x.shape).to(output_dtype(self.site.weights().down)), passing
+        return y.view(x.shape).to(dtype), passing
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pruned FFN of tokens x ``[..., d_model]``.

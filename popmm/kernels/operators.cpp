@@ -1,0 +1,195 @@
+/* The C kernels as operators of torch's dispatcher, by its stable ABI: a call costs 3 microseconds, and compiled code makes
+ * it without Python. Weights are named by handles, for they stay where they are; a handle is never given out twice. */
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+extern "C" {
+int64_t planes_dot(const void *base, const void *fine, const void *finest, const void *scale, int64_t n_rows, int64_t d,
+                   int64_t group, int bits, const int64_t *index, int64_t n, int64_t k, const float *x, float *out, int threads);
+int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *const *down, int64_t n_rows, int64_t d,
+                  int64_t group, int64_t d_ff, const float *rms, const float *norm, const float *gate_bias,
+                  const float *up_bias, int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count,
+                  const int64_t *first, int64_t n, const float *x, float *y, int64_t *index, int threads);
+}
+
+namespace {
+
+struct Linear {
+    const void *planes[4];
+    int64_t n_rows, d, group;
+    int bits;
+    const float *bias;
+};
+
+struct FFN {
+    const void *parts[3][4];
+    int64_t n_rows, d, group, d_ff;
+    const float *rms, *norm, *gate_bias, *up_bias;
+    int activation;
+    std::vector<int64_t> bits, count;
+    int64_t read;
+};
+
+template <typename T> class Table {
+  public:
+    int64_t add(T *entry) {
+        std::lock_guard<std::mutex> lock(mutex);
+        entries.push_back(entry);
+        return (int64_t)entries.size() - 1;
+    }
+    void remove(int64_t handle) {
+        std::lock_guard<std::mutex> lock(mutex);
+        delete entries[handle];
+        entries[handle] = nullptr;
+    }
+    const T &at(int64_t handle) {
+        std::lock_guard<std::mutex> lock(mutex);
+        const bool known = handle >= 0 && handle < (int64_t)entries.size() && entries[handle];
+        STD_TORCH_CHECK(known, "popmm: these weights were released (compiled code of a model that is detached?)");
+        return *entries[handle];
+    }
+
+  private:
+    std::mutex mutex;
+    std::vector<T *> entries;
+};
+
+/* never destroyed: calls may come while the process ends */
+Table<Linear> &linears = *new Table<Linear>;
+Table<FFN> &ffns = *new Table<FFN>;
+
+/* values of a tensor as float32, in place where they are */
+const float *floats(const Tensor &x, std::vector<float> &memory) {
+    STD_TORCH_CHECK(x.is_contiguous(), "popmm: give a tensor in one piece");
+    const int64_t n = x.numel();
+    switch (x.scalar_type()) {
+    case ScalarType::Float: return (const float *)x.const_data_ptr();
+    case ScalarType::BFloat16: {
+        memory.resize(n);
+        const auto *from = (const torch::headeronly::BFloat16 *)x.const_data_ptr();
+        for (int64_t i = 0; i < n; i++) memory[i] = from[i];
+        return memory.data();
+    }
+    case ScalarType::Half: {
+        memory.resize(n);
+        const auto *from = (const torch::headeronly::Half *)x.const_data_ptr();
+        for (int64_t i = 0; i < n; i++) memory[i] = from[i];
+        return memory.data();
+    }
+    default: STD_TORCH_CHECK(false, "popmm: give float32, bfloat16 or float16"); return nullptr;
+    }
+}
+
+/* where float32 results for `to` are to be written; rounded() brings them there */
+float *results(const Tensor &to, std::vector<float> &memory) {
+    if (to.scalar_type() == ScalarType::Float) return (float *)to.mutable_data_ptr();
+    memory.resize(to.numel());
+    return memory.data();
+}
+
+void rounded(const Tensor &to, const std::vector<float> &memory) {
+    const int64_t n = to.numel();
+    if (to.scalar_type() == ScalarType::BFloat16) {
+        auto *out = (torch::headeronly::BFloat16 *)to.mutable_data_ptr();
+        for (int64_t i = 0; i < n; i++) out[i] = memory[i];
+    } else if (to.scalar_type() == ScalarType::Half) {
+        auto *out = (torch::headeronly::Half *)to.mutable_data_ptr();
+        for (int64_t i = 0; i < n; i++) out[i] = memory[i];
+    }
+}
+
+int threads() { return (int)torch::stable::get_num_threads(); }
+
+/* x[..., d] to [..., n_rows], in the dtype of x */
+Tensor planes_linear_op(const Tensor &x, int64_t handle) {
+    const Linear &own = linears.at(handle);
+    const int64_t dims = x.dim();
+    STD_TORCH_CHECK(dims > 0 && x.size(dims - 1) == own.d, "popmm: a vector has ", x.size(dims - 1), " numbers, and rows ", own.d);
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = own.n_rows;
+    Tensor y = torch::stable::new_empty(x, shape);
+    const int64_t n = x.numel() / own.d;
+    thread_local std::vector<float> in, out;
+    float *to = results(y, out);
+    const int64_t failed = planes_dot(own.planes[0], own.planes[1], own.planes[2], own.planes[3], own.n_rows, own.d, own.group,
+                                      own.bits, nullptr, n, own.n_rows, floats(x, in), to, threads());
+    STD_TORCH_CHECK(failed < 0, "popmm: there is no memory for a vector of the model");
+    if (own.bias)
+        for (int64_t t = 0; t < n; t++)
+            for (int64_t i = 0; i < own.n_rows; i++) to[t * own.n_rows + i] += own.bias[i];
+    rounded(y, out);
+    return y;
+}
+
+/* x[n, d] through the FFNs whose rows begin at first[n] (without it: at 0), in the dtype of x, or float32 if wide */
+Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, bool wide, int64_t handle) {
+    const FFN &own = ffns.at(handle);
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == own.d, "popmm: an FFN of d_model=", own.d, " was given another shape");
+    const int64_t n = x.size(0);
+    thread_local std::vector<float> in, out;
+    thread_local std::vector<int64_t> index, zeros;
+    const int64_t *start;
+    if (first.has_value()) {
+        const bool fits = first->is_contiguous() && first->numel() == n && first->scalar_type() == ScalarType::Long;
+        STD_TORCH_CHECK(fits, "popmm: first is not an int64 for each of ", n, " tokens");
+        start = (const int64_t *)first->const_data_ptr();
+    } else {
+        zeros.assign(n, 0);
+        start = zeros.data();
+    }
+    Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{n, own.d}, wide ? ScalarType::Float : x.scalar_type());
+    index.resize(n * own.read);
+    const int64_t failed =
+        tiers_ffn(own.parts[0], own.parts[1], own.parts[2], own.n_rows, own.d, own.group, own.d_ff, own.rms, own.norm,
+                  own.gate_bias, own.up_bias, own.activation, (int64_t)own.bits.size(), own.bits.data(), own.count.data(), start,
+                  n, floats(x, in), results(y, out), index.data(), threads());
+    STD_TORCH_CHECK(failed < 0, failed == INT64_MAX ? "popmm: there is no memory for a vector of the model"
+                                                    : "popmm: there is no such expert");
+    rounded(y, out);
+    return y;
+}
+
+} // namespace
+
+extern "C" {
+
+int64_t new_linear(const void *const *planes, int64_t n_rows, int64_t d, int64_t group, int bits, const float *bias) {
+    return linears.add(new Linear{{planes[0], planes[1], planes[2], planes[3]}, n_rows, d, group, bits, bias});
+}
+void free_linear(int64_t handle) { linears.remove(handle); }
+
+int64_t new_ffn(const void *const *gate, const void *const *up, const void *const *down, int64_t n_rows, int64_t d,
+                int64_t group, int64_t d_ff, const float *rms, const float *norm, const float *gate_bias, const float *up_bias,
+                int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count) {
+    FFN *own = new FFN{};
+    for (int i = 0; i < 4; i++) own->parts[0][i] = gate[i], own->parts[1][i] = up[i], own->parts[2][i] = down[i];
+    own->n_rows = n_rows, own->d = d, own->group = group, own->d_ff = d_ff;
+    own->rms = rms, own->norm = norm, own->gate_bias = gate_bias, own->up_bias = up_bias, own->activation = activation;
+    own->bits.assign(bits, bits + n_tiers), own->count.assign(count, count + n_tiers);
+    for (int64_t n : own->count) own->read += n;
+    return ffns.add(own);
+}
+void free_ffn(int64_t handle) { ffns.remove(handle); }
+}
+
+STABLE_TORCH_LIBRARY(popmm_native, m) {
+    m.def("planes_linear(Tensor x, int handle) -> Tensor");
+    m.def("tiers_ffn(Tensor x, Tensor? first, bool wide, int handle) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(popmm_native, CPU, m) {
+    m.impl("planes_linear", TORCH_BOX(&planes_linear_op));
+    m.impl("tiers_ffn", TORCH_BOX(&tiers_ffn_op));
+}

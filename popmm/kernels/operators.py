@@ -1,0 +1,68 @@
+"""The C kernels as native operators: cheaper calls than through ctypes, and compiled code makes them without Python."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from popmm.kernels.build import operators as _library
+
+_sizes: dict[int, int] = {}  # rows of each linear layer, by handle
+
+
+def available() -> bool:
+    """Whether the operators could be built."""
+    if _library() is None:
+        return False
+    _describe()
+    return True
+
+
+def linear(owner: object, arguments: Sequence, n_rows: int) -> int:
+    """A handle of a linear layer, for as long as its owner lives."""
+    library = _library()
+    handle = library.new_linear(*arguments)
+    _sizes[handle] = n_rows
+    weakref.finalize(owner, library.free_linear, handle)
+    return handle
+
+
+def ffn(owner: object, arguments: Sequence) -> int:
+    """A handle of an FFN in tiers, for as long as its owner lives."""
+    library = _library()
+    handle = library.new_ffn(*arguments)
+    weakref.finalize(owner, library.free_ffn, handle)
+    return handle
+
+
+def planes_linear(x: Tensor, handle: int) -> Tensor:
+    return torch.ops.popmm_native.planes_linear(x, handle)
+
+
+def tiers_ffn(x: Tensor, first: Tensor | None, wide: bool, handle: int) -> Tensor:
+    return torch.ops.popmm_native.tiers_ffn(x, first, wide, handle)
+
+
+_described = False
+
+
+def _describe() -> None:
+    """Tells the compiler what shapes come out."""
+    global _described
+    if not _described:
+        _described = True
+        torch.library.register_fake(
+            "popmm_native::planes_linear", lambda x, handle: x.new_empty(*x.shape[:-1], _sizes[int(handle)])
+        )
+        torch.library.register_fake(
+            "popmm_native::tiers_ffn",
+            lambda x, first, wide, handle: x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype),
+        )
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
