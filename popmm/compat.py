@@ -16,6 +16,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, StaticCache
+from transformers import masking_utils as _masking
+from transformers import modeling_utils as _modeling
 from transformers.cache_utils import Cache
 from transformers.integrations import moe as _moe
 
@@ -125,6 +127,23 @@ def set_back_experts(config, name: str | None) -> None:
 def is_expert_parallel(module: nn.Module) -> bool:
     """Whether each device holds some of the experts only."""
     return bool(getattr(module, "_is_expert_parallel", False))
+
+
+# Attention --------------------------------------------------------------------------------------------------------
+
+ATTENTION = "_attn_implementation_internal"  # where a configuration keeps the name of its attention
+
+
+def attention_of(config) -> str | None:
+    """Name of the attention that a configuration asks for."""
+    return getattr(config, ATTENTION, None)
+
+
+def register_attention(name: str, forward: Callable, like: str) -> Callable:
+    """Adds an attention to transformers' own, with the masks of another; returns the forward of that other."""
+    _modeling.ALL_ATTENTION_FUNCTIONS.register(name, forward)
+    _masking.ALL_MASK_ATTENTION_FUNCTIONS.register(name, _masking.ALL_MASK_ATTENTION_FUNCTIONS[like])
+    return _modeling.ALL_ATTENTION_FUNCTIONS[like]
 
 
 # generate ---------------------------------------------------------------------------------------------------------

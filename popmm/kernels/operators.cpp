@@ -22,6 +22,9 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
                   int64_t group, int64_t d_ff, const float *rms, const float *norm, const float *gate_bias,
                   const float *up_bias, int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count,
                   const int64_t *first, int64_t n, const float *x, float *y, int64_t *index, int threads);
+void attend(const float *q, const void *k, const void *v, int narrow, int64_t batch, int64_t heads, int64_t shared,
+            int64_t tokens, int64_t d, int64_t d_value, const int64_t *k_strides, const int64_t *v_strides, const void *mask,
+            int mask_kind, const int64_t *mask_strides, float scale, float *work, float *y, int threads);
 }
 
 namespace {
@@ -161,6 +164,39 @@ Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, bool wi
     return y;
 }
 
+/* q[batch, heads, 1, d] over k and v[batch, shared heads, tokens, d], the mask none or [1 or batch, 1 or heads, 1, tokens] of
+ * bool or of the dtype of q; to [batch, 1, heads, d], in that dtype */
+Tensor attend_op(const Tensor &q, const Tensor &k, const Tensor &v, const std::optional<Tensor> &mask, double scale) {
+    const int64_t batch = q.size(0), heads = q.size(1), d = q.size(3), shared = k.size(1), tokens = k.size(2);
+    const bool narrow = k.scalar_type() == ScalarType::BFloat16;
+    const bool fits = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(2) == 1 && k.size(0) == batch && k.size(3) == d &&
+                      v.size(0) == batch && v.size(1) == shared && v.size(2) == tokens && shared > 0 && heads % shared == 0 &&
+                      (narrow || k.scalar_type() == ScalarType::Float) && v.scalar_type() == k.scalar_type() &&
+                      k.stride(3) == 1 && v.stride(3) == 1;
+    STD_TORCH_CHECK(fits, "popmm: these queries, keys and values do not go together");
+    const int64_t k_strides[3] = {k.stride(0), k.stride(1), k.stride(2)}, v_strides[3] = {v.stride(0), v.stride(1), v.stride(2)};
+    int64_t mask_strides[3] = {0, 0, 0};
+    int mask_kind = 0;
+    thread_local std::vector<float> in, out, work, added;
+    const void *masked = nullptr;
+    if (mask.has_value()) {
+        const bool covers = mask->dim() == 4 && mask->size(3) == tokens && mask->size(2) == 1 &&
+                            (mask->size(0) == 1 || mask->size(0) == batch) && (mask->size(1) == 1 || mask->size(1) == heads);
+        STD_TORCH_CHECK(covers, "popmm: this mask is not of these keys");
+        for (int i = 0; i < 2; i++) mask_strides[i] = mask->size(i) > 1 ? mask->stride(i) : 0;
+        mask_strides[2] = mask->stride(3);
+        mask_kind = mask->scalar_type() == ScalarType::Bool ? 1 : 2;
+        masked = mask_kind == 1 ? mask->const_data_ptr() : floats(*mask, added);
+    }
+    const int64_t d_value = v.size(3);
+    Tensor y = torch::stable::new_empty(q, std::vector<int64_t>{batch, 1, heads, d_value});
+    work.resize(batch * heads * tokens);
+    attend(floats(q, in), k.const_data_ptr(), v.const_data_ptr(), narrow, batch, heads, shared, tokens, d, d_value, k_strides,
+           v_strides, masked, mask_kind, mask_strides, (float)scale, work.data(), results(y, out), threads());
+    rounded(y, out);
+    return y;
+}
+
 } // namespace
 
 extern "C" {
@@ -186,10 +222,12 @@ void free_ffn(int64_t handle) { ffns.remove(handle); }
 
 STABLE_TORCH_LIBRARY(popmm_native, m) {
     m.def("planes_linear(Tensor x, int handle) -> Tensor");
+    m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
     m.def("tiers_ffn(Tensor x, Tensor? first, bool wide, int handle) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(popmm_native, CPU, m) {
     m.impl("planes_linear", TORCH_BOX(&planes_linear_op));
+    m.impl("attend", TORCH_BOX(&attend_op));
     m.impl("tiers_ffn", TORCH_BOX(&tiers_ffn_op));
 }

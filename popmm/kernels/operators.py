@@ -47,6 +47,19 @@ def tiers_ffn(x: Tensor, first: Tensor | None, wide: bool, handle: int) -> Tenso
     return torch.ops.popmm_native.tiers_ffn(x, first, wide, handle)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query per head, ``[batch, heads, 1, d]``, over keys and values ``[batch, shared, tokens, d]``.
+
+    Args:
+        mask: ``[1 or batch, 1 or heads, 1, tokens]``, bool (False leaves a token out, which is not read) or floating
+            point, which is added; None = all tokens.
+
+    Returns:
+        ``[batch, 1, heads, d]`` in the dtype of q.
+    """
+    return torch.ops.popmm_native.attend(q.contiguous(), k, v, mask, scale)
+
+
 _described = False
 
 
@@ -57,6 +70,10 @@ def _describe() -> None:
         _described = True
         torch.library.register_fake(
             "popmm_native::planes_linear", lambda x, handle: x.new_empty(*x.shape[:-1], _sizes[int(handle)])
+        )
+        torch.library.register_fake(
+            "popmm_native::attend",
+            lambda q, k, v, mask, scale: q.new_empty(q.shape[0], 1, q.shape[1], v.shape[-1]),
         )
         torch.library.register_fake(
             "popmm_native::tiers_ffn",

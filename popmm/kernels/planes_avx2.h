@@ -91,6 +91,7 @@ static inline __attribute__((always_inline)) void dots(const planes *p, const in
         const int64_t n = groups - g < 8 ? groups - g : 8;
         float scaled[AT_ONCE][8];
         for (int r = 0; r < AT_ONCE; r++) {
+            __builtin_prefetch(p->scale + next[r] * groups + g);
             const uint16_t *s = p->scale + row[r] * groups + g;
             __m128i eight;
             if (n == 8) eight = _mm_loadu_si128((const __m128i *)s);
@@ -216,6 +217,7 @@ static inline __attribute__((always_inline)) void add_tiles(const planes *p, int
             for (int r = 0; r < TILE; r++) {
                 uint16_t part[8] = {0};
                 const uint16_t *s = p->scale + row[r] * groups + g;
+                __builtin_prefetch(p->scale + next[r] * groups + g);
                 if (n < 8) memcpy(part, s, n * 2);
                 const __m128i eight = _mm_loadu_si128((const __m128i *)(n < 8 ? part : s));
                 whole[r] = f[r] = _mm256_mul_ps(_mm256_cvtph_ps(eight), _mm256_set1_ps(own[r]));

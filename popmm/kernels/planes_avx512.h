@@ -58,6 +58,7 @@ static inline __attribute__((always_inline)) void dots(const planes *p, const in
         const int64_t n = groups - g < 16 ? groups - g : 16;
         float scaled[AT_ONCE][16];
         for (int r = 0; r < AT_ONCE; r++) {
+            __builtin_prefetch(p->scale + next[r] * groups + g);
             const __m512 scale = halves(p->scale + row[r] * groups + g, n);
             offset[r] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(x->total + g), offset[r]);
             _mm512_storeu_ps(scaled[r], _mm512_mul_ps(scale, _mm512_loadu_ps(x->step + g)));
@@ -157,6 +158,7 @@ static inline __attribute__((always_inline)) void add_tiles(const planes *p, int
             for (int r = 0; r < TILE; r++) {
                 row[r] = first + index[j + r < k ? j + r : k - 1];
                 next[r] = first + index[j + TILE + r < k ? j + TILE + r : k - 1];
+                __builtin_prefetch(p->scale + next[r] * groups + g);
                 const float factor = j + r < k ? h[j + r] / cells(bits) : 0;
                 f[r] = _mm512_mul_ps(halves(p->scale + row[r] * groups + g, n), _mm512_set1_ps(factor));
             }

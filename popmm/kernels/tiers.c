@@ -2,6 +2,9 @@
 #include "planes.h"
 
 #include <omp.h>
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 enum { SILU, GELU_TANH, GELU, RELU };
 
@@ -63,6 +66,43 @@ static uint32_t kth_highest(uint32_t *v, int64_t n, int64_t k) {
     return v[k];
 }
 
+/* to[i] = the numbers of `key` in a bucket, how many there are */
+static int64_t members(const uint32_t *key, int64_t n, uint32_t bucket, uint32_t *to) {
+    int64_t found = 0, i = 0;
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+    for (; i + 16 <= n; i += 16) {
+        const __m512i own = _mm512_loadu_si512(key + i);
+        const __mmask16 in = _mm512_cmpeq_epi32_mask(_mm512_srli_epi32(own, 20), _mm512_set1_epi32((int)bucket));
+        _mm512_mask_compressstoreu_epi32(to + found, in, own);
+        found += __builtin_popcount(in);
+    }
+#endif
+    for (; i < n; i++) {
+        to[found] = key[i];
+        found += key[i] >> 20 == bucket;
+    }
+    return found;
+}
+
+/* appends the places of the numbers from `least` to below `below`; where the list ends */
+static int64_t *places(const uint32_t *key, int64_t n, uint32_t least, uint32_t below, int64_t *to) {
+    int64_t i = 0;
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+    __m512i place = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    for (; i + 8 <= n; i += 8) {
+        const __m256i own = _mm256_loadu_si256((const __m256i *)(key + i));
+        const __mmask8 in = _mm256_mask_cmplt_epu32_mask(_mm256_cmpge_epu32_mask(own, _mm256_set1_epi32((int)least)), own,
+                                                         _mm256_set1_epi32((int)below));
+        _mm512_mask_compressstoreu_epi64(to, in, place);
+        to += __builtin_popcount(in);
+        place = _mm512_add_epi64(place, _mm512_set1_epi64(8));
+    }
+#endif
+    for (; i < n; i++)
+        if (key[i] >= least && key[i] < below) *to++ = i;
+    return to;
+}
+
 /* Channels of each tier, the best first, rising within one, ties to the lower: index[all].
  *
  * key[i]: the bits of score i, which is not negative. work: memory for d_ff. */
@@ -73,28 +113,34 @@ static void assign(const uint32_t *key, int64_t d_ff, tiers of, int64_t *index, 
     }
     int32_t count[BUCKETS] = {0};
     for (int64_t i = 0; i < d_ff; i++) count[key[i] >> 20]++;
-    uint32_t least[MOST_TIERS] = {0};                   /* a tier takes what is above its least number, */
-    int64_t ties[MOST_TIERS] = {0}, next[MOST_TIERS + 1]; /* and so many of those that have just this */
-    int64_t bucket = BUCKETS - 1, above = 0, wanted = 0;
+    uint32_t least[MOST_TIERS] = {0}; /* a tier takes what is above its least number, */
+    int64_t ties[MOST_TIERS] = {0};   /* and so many of those that have just this */
+    int64_t bucket = BUCKETS - 1, above = 0, wanted = 0, shared = 0;
     for (int64_t tier = 0; tier < of.n; tier++) {
-        next[tier] = wanted, wanted += of.count[tier];
+        wanted += of.count[tier];
         if (!wanted || (tier && !of.count[tier])) {
             least[tier] = tier ? least[tier - 1] : UINT32_MAX, ties[tier] = 0;
             continue;
         }
         while (above + count[bucket] < wanted) above += count[bucket--];
-        int64_t inside = 0;
-        for (int64_t i = 0; i < d_ff; i++) {
-            work[inside] = key[i];
-            inside += key[i] >> 20 == (uint32_t)bucket;
-        }
+        const int64_t inside = members(key, d_ff, (uint32_t)bucket, work);
         least[tier] = kth_highest(work, inside, wanted - above - 1);
         ties[tier] = wanted - above;
-        for (int64_t i = 0; i < inside; i++) ties[tier] -= work[i] > least[tier];
+        int64_t same = 0;
+        for (int64_t i = 0; i < inside; i++) ties[tier] -= work[i] > least[tier], same += work[i] == least[tier];
+        shared |= same != ties[tier];                     /* equal numbers in two tiers, or read and unread */
         for (int64_t t = 0; t < tier; t++) ties[tier] -= least[t] == least[tier] ? ties[t] : 0; /* taken by better tiers */
     }
+    if (!shared) {
+        uint32_t below = UINT32_MAX;
+        for (int64_t tier = 0; tier < of.n; tier++) {
+            if (of.count[tier]) index = places(key, d_ff, least[tier], below, index);
+            below = least[tier];
+        }
+        return;
+    }
     int64_t *to[MOST_TIERS + 1], unread = 0;
-    for (int64_t tier = 0; tier < of.n; tier++) to[tier] = index + next[tier];
+    for (int64_t tier = 0; tier < of.n; index += of.count[tier++]) to[tier] = index;
     to[of.n] = &unread;
     for (int64_t i = 0; i < d_ff; i++) {
         int64_t tier = 0;

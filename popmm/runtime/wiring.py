@@ -11,6 +11,7 @@ from torch import nn
 from popmm.adapters.vlm import Surroundings
 from popmm.compat import CACHE_LENGTH, internal
 from popmm.runtime.attachment import Attachment
+from popmm.runtime.attention import attention_overrides
 from popmm.runtime.caches import StaticCaches
 from popmm.runtime.experts_interface import ON_MODULE, dense_experts
 from popmm.runtime.freed import FreedWeights
@@ -48,6 +49,7 @@ def wire(
     overrides = [Override(model, name, ours) for name, ours in _around_generate(model, runner, caches)]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
     overrides += [override for layer in rest for override in layer.overrides()]
+    overrides += attention_overrides(decoder) if rest else []
     overrides += [] if freed is None else freed.overrides()
     hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
