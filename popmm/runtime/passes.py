@@ -64,6 +64,14 @@ class GenerateWatch:
     def __init__(self, drafts: bool = False) -> None:
         self.begun = drafts  # the prompt's first pass has come; a draft goes on with another's text
         self.judged = drafts
+        self._form: tuple | None = None
+        self._steps = 0
+
+    def steps_like(self, form: tuple | None) -> int:
+        """Counts a compiled step; how many just before it had the same form."""
+        self._steps = self._steps + 1 if form is not None and form == self._form else 0
+        self._form = form
+        return self._steps
 
     def after_prompt(self, kind: str, reason: str, prunes: bool) -> None:
         """Called with each pass that is not of a prompt: the first of them decides."""
