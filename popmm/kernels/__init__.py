@@ -229,13 +229,14 @@ class PlanesLinear:
 
     def __init__(self, rows: Planes, bits: int, bias: Tensor | None = None) -> None:
         self._rows, self._bits = [*rows], bits
+        self.n_rows, self.group = len(rows.fine), rows.group
         self._bias = None if bias is None else bias.detach().float()
         self._eager = native.PlanesLinear(rows, bits) if native.serves_planes(rows) else None
         self._handle = None if self._eager is None else self._eager.operator(self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._handle is not None:
-            return operators.planes_linear(x.contiguous(), self._handle)
+            return operators.planes_linear(x.contiguous(), [self._handle])
         flat = x.reshape(-1, x.shape[-1]).float()
         if torch.compiler.is_compiling():
             y = _ops["_planes_linear"](self._rows, self._bits, flat)
@@ -244,6 +245,15 @@ class PlanesLinear:
         if self._bias is not None:
             y = y + self._bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def together(layers: Sequence[PlanesLinear], x: Tensor) -> list[Tensor] | None:
+    """What several layers make of the same x, at one call; None where there is none for them."""
+    handles = [layer._handle for layer in layers]
+    if None in handles:
+        return None
+    y = operators.planes_linear(x.contiguous(), handles)
+    return list(y.split([layer.n_rows for layer in layers], dim=-1))
 
 
 def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:

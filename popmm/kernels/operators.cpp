@@ -16,8 +16,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 extern "C" {
-int64_t planes_dot(const void *base, const void *fine, const void *finest, const void *scale, int64_t n_rows, int64_t d,
-                   int64_t group, int bits, const int64_t *index, int64_t n, int64_t k, const float *x, float *out, int threads);
+typedef struct {
+    const void *planes[4];
+    int64_t n_rows, d, group;
+    int bits;
+    const float *bias;
+} layer;
+int64_t layers_dot(const layer *layers, int64_t n_layers, int64_t n, const float *x, float *out, int threads);
 int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *const *down, int64_t n_rows, int64_t d,
                   int64_t group, int64_t d_ff, const float *rms, const float *norm, const float *gate_bias,
                   const float *up_bias, int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count,
@@ -28,13 +33,6 @@ void attend(const float *q, const void *k, const void *v, int narrow, int64_t ba
 }
 
 namespace {
-
-struct Linear {
-    const void *planes[4];
-    int64_t n_rows, d, group;
-    int bits;
-    const float *bias;
-};
 
 struct FFN {
     const void *parts[3][4];
@@ -70,7 +68,7 @@ template <typename T> class Table {
 };
 
 /* never destroyed: calls may come while the process ends */
-Table<Linear> &linears = *new Table<Linear>;
+Table<layer> &linears = *new Table<layer>;
 Table<FFN> &ffns = *new Table<FFN>;
 
 /* values of a tensor as float32, in place where they are */
@@ -115,23 +113,24 @@ void rounded(const Tensor &to, const std::vector<float> &memory) {
 
 int threads() { return (int)torch::stable::get_num_threads(); }
 
-/* x[..., d] to [..., n_rows], in the dtype of x */
-Tensor planes_linear_op(const Tensor &x, int64_t handle) {
-    const Linear &own = linears.at(handle);
-    const int64_t dims = x.dim();
-    STD_TORCH_CHECK(dims > 0 && x.size(dims - 1) == own.d, "popmm: a vector has ", x.size(dims - 1), " numbers, and rows ", own.d);
+/* x[..., d] to [..., rows of all these layers, one after the other], in the dtype of x */
+Tensor planes_linear_op(const Tensor &x, const std::vector<int64_t> &handles) {
+    std::vector<layer> layers;
+    int64_t all = 0;
+    const int64_t dims = x.dim(), d = dims ? x.size(dims - 1) : 0;
+    for (int64_t handle : handles) {
+        layers.push_back(linears.at(handle));
+        all += layers.back().n_rows;
+        STD_TORCH_CHECK(layers.back().d == d && layers.back().group == layers[0].group, "popmm: a vector has ", d,
+                        " numbers, and rows ", layers.back().d);
+    }
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    shape.back() = own.n_rows;
+    shape.back() = all;
     Tensor y = torch::stable::new_empty(x, shape);
-    const int64_t n = x.numel() / own.d;
     thread_local std::vector<float> in, out;
-    float *to = results(y, out);
-    const int64_t failed = planes_dot(own.planes[0], own.planes[1], own.planes[2], own.planes[3], own.n_rows, own.d, own.group,
-                                      own.bits, nullptr, n, own.n_rows, floats(x, in), to, threads());
+    const int64_t failed =
+        layers_dot(layers.data(), (int64_t)layers.size(), x.numel() / d, floats(x, in), results(y, out), threads());
     STD_TORCH_CHECK(failed < 0, "popmm: there is no memory for a vector of the model");
-    if (own.bias)
-        for (int64_t t = 0; t < n; t++)
-            for (int64_t i = 0; i < own.n_rows; i++) to[t * own.n_rows + i] += own.bias[i];
     rounded(y, out);
     return y;
 }
@@ -202,7 +201,7 @@ Tensor attend_op(const Tensor &q, const Tensor &k, const Tensor &v, const std::o
 extern "C" {
 
 int64_t new_linear(const void *const *planes, int64_t n_rows, int64_t d, int64_t group, int bits, const float *bias) {
-    return linears.add(new Linear{{planes[0], planes[1], planes[2], planes[3]}, n_rows, d, group, bits, bias});
+    return linears.add(new layer{{planes[0], planes[1], planes[2], planes[3]}, n_rows, d, group, bits, bias});
 }
 void free_linear(int64_t handle) { linears.remove(handle); }
 
@@ -221,7 +220,7 @@ void free_ffn(int64_t handle) { ffns.remove(handle); }
 }
 
 STABLE_TORCH_LIBRARY(popmm_native, m) {
-    m.def("planes_linear(Tensor x, int handle) -> Tensor");
+    m.def("planes_linear(Tensor x, int[] handles) -> Tensor");
     m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
     m.def("tiers_ffn(Tensor x, Tensor? first, bool wide, int handle) -> Tensor");
 }

@@ -39,8 +39,9 @@ def ffn(owner: object, arguments: Sequence) -> int:
     return handle
 
 
-def planes_linear(x: Tensor, handle: int) -> Tensor:
-    return torch.ops.popmm_native.planes_linear(x, handle)
+def planes_linear(x: Tensor, handles: list[int]) -> Tensor:
+    """x ``[..., d]`` through several layers, ``[..., rows of all]``."""
+    return torch.ops.popmm_native.planes_linear(x, handles)
 
 
 def tiers_ffn(x: Tensor, first: Tensor | None, wide: bool, handle: int) -> Tensor:
@@ -69,7 +70,8 @@ def _describe() -> None:
     if not _described:
         _described = True
         torch.library.register_fake(
-            "popmm_native::planes_linear", lambda x, handle: x.new_empty(*x.shape[:-1], _sizes[int(handle)])
+            "popmm_native::planes_linear",
+            lambda x, handles: x.new_empty(*x.shape[:-1], sum(_sizes[int(handle)] for handle in handles)),
         )
         torch.library.register_fake(
             "popmm_native::attend",

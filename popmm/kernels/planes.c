@@ -166,6 +166,37 @@ int64_t planes_dot(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     return -1;
 }
 
+/* A linear layer whose rows lie in planes: operators.cpp has the same. */
+typedef struct {
+    const void *planes[4];
+    int64_t n_rows, d, group;
+    int bits;
+    const float *bias; /* or NULL */
+} layer;
+
+/* out[n, rows of all layers] of x[n, d]: layers of one d and group, at one call */
+int64_t layers_dot(const layer *layers, int64_t n_layers, int64_t n, const float *x, float *out, int threads) {
+    const int64_t d = layers[0].d, group = layers[0].group;
+    rounded own;
+    if (!new_rounded(d, group, &own)) return OUT_OF_MEMORY;
+    for (int64_t t = 0; t < n; t++) {
+        round_vector(x + t * d, d, group, &own);
+#pragma omp parallel num_threads(threads)
+        {
+            float *to = out;
+            const part whose = {omp_get_thread_num(), omp_get_num_threads()};
+            for (const layer *l = layers; l < layers + n_layers; to += l++->n_rows) {
+                const planes p = {l->planes[0], l->planes[1], l->planes[2], l->planes[3], l->n_rows, d, group};
+                rows_dot(&p, l->bits, 0, NULL, l->n_rows, &own, to, whose);
+            }
+        }
+        for (const layer *l = layers; l < layers + n_layers; out += l++->n_rows)
+            for (int64_t i = 0; l->bias && i < l->n_rows; i++) out[i] += l->bias[i];
+    }
+    free(own.code);
+    return -1;
+}
+
 /* out[n, d] = sum over k of h[n, k] * rows[index[n, k]] */
 int64_t planes_add(const uint8_t *base, const uint8_t *fine, const uint8_t *finest, const uint16_t *scale, int64_t n_rows,
                    int64_t d, int64_t group, int bits, const int64_t *index, int64_t n, int64_t k, const float *h, float *out,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,30 @@ FEW_ROWS = 16  # of a layer that is not worth it
 SMALL_BATCH = 8  # tokens of a step, up to which each reads the planes; larger ones read the weights as they are
 
 
+class Mates:
+    """The linear layers of one mixer, of which some are called one after the other with the same input (q, k and v)."""
+
+    def __init__(self) -> None:
+        self._seen: Callable[[], Tensor | None] = lambda: None  # the last input
+        self._first: RestLayer | None = None  # that it was given to
+        self.x: Tensor | None = None  # the input of a step whose answers are here
+        self.answers: dict[RestLayer, Tensor] = {}
+
+    def saw(self, layer: RestLayer, x: Tensor) -> None:
+        """Learns from the prompt who follows whom."""
+        if self._seen() is not x:
+            self._seen, self._first = weakref.ref(x), layer
+            layer.followers = []
+        elif layer is not self._first and layer.fits(self._first) and layer not in self._first.followers:
+            self._first.followers.append(layer)
+
+
 class RestLayer:
     """A linear layer in nested planes. Prompts, and steps of large batches, run the layer as it is."""
 
-    def __init__(self, name: str, module: nn.Linear, bits: int, phase: Phase) -> None:
-        self.name, self.module, self.bits, self.phase = name, module, bits, phase
+    def __init__(self, name: str, module: nn.Linear, bits: int, phase: Phase, mates: Mates) -> None:
+        self.name, self.module, self.bits, self.phase, self.mates = name, module, bits, phase, mates
+        self.followers: list[RestLayer] = []
         self.dense_forward = module.forward
         self.planes: Planes | None = None
         self.encode()
@@ -60,15 +80,39 @@ class RestLayer:
         phase = self.phase
         n_tokens = x.numel() // x.shape[-1]
         if not phase.step or phase.released or (n_tokens > SMALL_BATCH and not phase.simulating):
+            if phase.prompt is not None or not phase.step:
+                self.mates.saw(self, x)
             return self.dense_forward(x)
         dtype = output_dtype(self.module.weight)
         if self._product is not None and n_tokens <= SMALL_BATCH and not kernels.needs_gradient(x):
-            return self._product(x.to(dtype))
+            return self._answer(x, x.to(dtype))
         with without_autocast(x.device):
             y = F.linear(x.float(), kernels.planes_decode(self.planes, self.bits))
             if self.module.bias is not None:
                 y = y + self.module.bias
         return y.to(dtype)
+
+    def fits(self, other: RestLayer) -> bool:
+        """Whether both can be computed at one call."""
+        own, theirs = self._product, other._product
+        return own is not None and theirs is not None and own.group == theirs.group
+
+    def _answer(self, x: Tensor, own: Tensor) -> Tensor:
+        """By the layer that is called first with x, for those that will be called with it next."""
+        mates = self.mates
+        if mates.x is x and self in mates.answers:
+            y = mates.answers.pop(self)
+            if not mates.answers:
+                mates.x = None
+            return y
+        if not self.followers:
+            return self._product(own)
+        layers = [self, *self.followers]
+        found = kernels.together([layer._product for layer in layers], own)
+        if found is None:
+            return self._product(own)
+        mates.x, mates.answers = x, dict(zip(self.followers, found[1:]))
+        return found[0]
 
     def read(self) -> tuple[int, int]:
         """(in planes, as it came) weight bytes that one token reads."""
@@ -84,13 +128,15 @@ def rest_layers(model: nn.Module, decoder: nn.Module, bits: int, phase: Phase) -
     """Plain linear layers of the decoder's mixers (attention), and the output layer, whose width can be grouped."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     mixers = [part for part in decoder.modules() if is_mixer(part)]
-    found = [*(layer for mixer in mixers for layer in mixer.modules()), *([head] if head is not None else [])]
+    found = {id(layer): (layer, mates) for mixer in mixers for mates in (Mates(),) for layer in mixer.modules()}
+    if head is not None:
+        found.setdefault(id(head), (head, Mates()))
     names = {id(module): name for name, module in model.named_modules()}
-    for module in {id(m): m for m in found}.values():
+    for module, mates in found.values():
         # what is more than a linear layer (adapters, quantised ones) may compute something else
         if type(module) is not nn.Linear or "forward" in module.__dict__:
             continue
         weight = module.weight
         plain = type(weight) is nn.Parameter and weight.is_floating_point()
         if plain and weight.shape[0] >= FEW_ROWS and group_of(weight.shape[1]) >= 16:
-            yield RestLayer(names.get(id(module), ""), module, bits, phase)
+            yield RestLayer(names.get(id(module), ""), module, bits, phase, mates)

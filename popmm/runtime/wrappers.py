@@ -20,7 +20,6 @@ from popmm.runtime.calls import Arguments, input_shape
 from popmm.runtime.experts_interface import check_switched
 from popmm.runtime.runner import Runner
 
-
 WARM = 2  # steps of one form in a generate, from which on nothing is compiled any more
 
 
