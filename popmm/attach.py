@@ -20,8 +20,9 @@ from popmm.adapters import (
 from popmm.budget import ratio_of
 from popmm.compat import device_map, is_offloaded
 from popmm.config import PopConfig
+from popmm.kernels.twin import group_of
 from popmm.layouts.choose import Layout, choose_layout, shared_parameters, why_not_in_place
-from popmm.layouts.traffic import SizesRule, sizes_for, with_bits
+from popmm.layouts.traffic import LEAST_GROUP, SizesRule, sizes_for, with_bits
 from popmm.method.budget import MAX_FFN_RATIO, region_sizes
 from popmm.runtime.attachment import MARKER, Attachment
 from popmm.runtime.experts import PrunedExperts
@@ -170,6 +171,9 @@ def _plan(
     ratio = ratio_of(description, config)
     # a module that several layers share is one FFN
     sites = list({site.name: site for site in description.sites()}.values())
+    if any(group_of(site.weights().d_model) < LEAST_GROUP for site in sites):
+        config = config.without_default()
+        ratio = ratio_of(description, config)
     given, config = config, with_bits(config, sites, ratio)
     left_dense = [site for site in sites if site.layer in config.skip_layers or _is_left_alone(site, config)]
     ffns, shared = [], shared_parameters(model)

@@ -209,6 +209,14 @@ def generate_settings(generate: Callable, args: tuple, kwargs: Mapping[str, Any]
     return read
 
 
+def compile_on_cpu(generation_config) -> None:
+    """Has ``generate`` compile its steps on the CPU too, which it does on accelerators alone."""
+    config = generation_config.compile_config
+    if config is None:
+        config = generation_config.compile_config = transformers.CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True
+
+
 # attributes of a module that are calls without being its own parts: accelerate's hooks, the compiler
 NOT_PARTS = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 

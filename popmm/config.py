@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-DEFAULT_PRUNING_RATIO = 0.4
+DEFAULT_PRUNING_RATIO = 0.4  # of the paper's own selections, and of gate
+DEFAULT_BYTES = 0.33  # of tiers: the fewest at which they lose little (docs/quality.md)
 PLANE_BITS = (8, 7, 6, 5, 4, 3)  # in which nested planes can be read
 
 _CHOICES = {
@@ -32,7 +33,7 @@ class PopConfig:
 
     Args:
         pruning_ratio: share of a decoder block's linear weights to prune, in [0, 1), turned into an FFN
-            ratio per model (paper, table 8). 0.4 unless ``ffn_ratio`` is given.
+            ratio per model (paper, table 8). 0.4 where a selection is given and no share.
         ffn_ratio: share of each FFN's channels to prune, in [0, 1); excludes ``pruning_ratio``.
         candidate_fraction: gamma, the share of an FFN's channels that is re-scored at each decode step; 0.1
             unless given. With ``selection="gate"``: share of the gate rows that is read; None = chosen from the bytes.
@@ -42,7 +43,8 @@ class PopConfig:
             rows predicts which channels to read in how many, for ``1 - ffn_ratio`` of the FFN's bytes at 16 bits;
             ``"mask"``: the best K of
             retained and candidate channels pass (paper); ``"keep"``: all of them pass. None = gate, or mask if a
-            candidate_fraction is given, which is how the paper's method is set, or tiers with ``bytes``.
+            candidate_fraction is given, which is how the paper's method is set, or tiers with ``bytes`` or
+            ``weight_bits``. Where nothing is said of what to read, tiers with ``bytes=0.33``.
         importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);
             ``"griffin"`` ``|h_i| / ||h||``; ``"flock"`` ``|h_i| * ||W_down[:, i]|| / ||h||``; ``"routed"``
             wanda times the router's weight (experts; elsewhere wanda); or a callable
@@ -110,6 +112,10 @@ class PopConfig:
             raise ValueError(
                 f"pruning_ratio={self.pruning_ratio} and ffn_ratio={self.ffn_ratio} exclude each other: give one"
             )
+        by_default = self._takes_default()
+        object.__setattr__(self, "_by_default", by_default)
+        if by_default and self.bytes is None:
+            object.__setattr__(self, "bytes", DEFAULT_BYTES)
         self._check_bytes()
         if self.pruning_ratio is None and self.ffn_ratio is None:
             object.__setattr__(self, "pruning_ratio", DEFAULT_PRUNING_RATIO)
@@ -118,7 +124,7 @@ class PopConfig:
             if value is not None and not (_is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
         if self.selection is None:
-            default = "gate" if self.bytes is None else "tiers"
+            default = "gate" if self.bytes is None and self.weight_bits is None else "tiers"
             object.__setattr__(self, "selection", default if self.candidate_fraction is None else "mask")
         if self.candidate_fraction is None and self.selection in ("mask", "keep"):
             object.__setattr__(self, "candidate_fraction", DEFAULT_CANDIDATE_FRACTION)
@@ -175,6 +181,17 @@ class PopConfig:
                     "none: leave one of them out"
                 )
 
+    def _takes_default(self) -> bool:
+        """Whether nothing was said of what to read: then tiers do, at their default share of the bytes."""
+        shares = (self.pruning_ratio, self.ffn_ratio, self.bytes, self.weight_bits)
+        others = (self.selection, self.candidate_fraction, self.gate_bits)
+        plain = self.fill == "zero" and self.layout == "auto"
+        return plain and all(value is None for value in (*shares, *others))
+
+    def without_default(self) -> PopConfig:
+        """For models whose weights cannot be quantised in groups: gate by the paper's ratio, if nothing was asked for."""
+        return self.replace(pruning_ratio=DEFAULT_PRUNING_RATIO, weights="keep") if self._by_default else self
+
     def _check_bytes(self) -> None:
         """``bytes`` is a way to give the FFN ratio."""
         if self.bytes is None:
@@ -210,6 +227,10 @@ class PopConfig:
 
     def replace(self, **changes) -> PopConfig:
         """A copy with the given fields changed. Giving one of the ratios or ``bytes`` drops the others."""
+        if self._by_default:  # nothing was said yet of what to read
+            resolved = ("pruning_ratio", "ffn_ratio", "bytes", "selection")
+            own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+            return PopConfig(**{**{name: v for name, v in own.items() if name not in resolved}, **changes})
         shares = ("pruning_ratio", "ffn_ratio", "bytes")
         given = [name for name in shares if changes.get(name) is not None]
         if given or self.bytes is not None:  # which has set the FFN ratio

@@ -14,7 +14,6 @@ from popmm.config import PopConfig
 RATIOS = "0.1,0.2,0.3,0.4"  # that popmm eval measures unless told
 TEXTS_PER_SUBSET = 30  # as in popmm.evaluation.texts, which loads torch
 PICTURE_PROMPT = "What is in the picture?"
-CHAT_RATIO = 0.2  # answers should be right before they are fast
 DEMO_PROMPT = "Once upon a time there was a little girl named Lily. She had a red ball and"
 SECOND_PROMPT = "The old man looked at the sea. He wanted to catch a fish, but the waves were big and"
 

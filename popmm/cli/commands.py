@@ -8,7 +8,6 @@ import math
 import sys
 
 from popmm.cli.arguments import (
-    CHAT_RATIO,
     DEMO_PROMPT,
     check_folders,
     check_pictures,
@@ -128,8 +127,6 @@ def label(config: PopConfig) -> str:
 
 
 def chat(args: argparse.Namespace) -> None:
-    if args.pruning_ratio is args.ffn_ratio is args.bytes is None:
-        args.pruning_ratio = CHAT_RATIO
     config, settings = config_from(args), generation_settings(args)
     import torch
 
@@ -202,18 +199,12 @@ def demo(args: argparse.Namespace) -> None:
     model, tokenizer = zoo.load("stories")
     inputs = encode(tokenizer, DEMO_PROMPT, model.device)
     check_length(model, inputs["input_ids"].shape[1], args.max_new_tokens)
-    configs = {f"{ratio:.0%} pruned": PopConfig(pruning_ratio=ratio) for ratio in (0.2, 0.4)}
+    configs = {f"{share:.0%} of the bytes": PopConfig(bytes=share) for share in (PopConfig().bytes, 0.25)}
     console = for_people()
     console.print(f'[bold]{DEMO_PROMPT}[/bold] ...\n\nThe bundled model "stories" goes on:')
     with console.status("generating"):
         runs = compare(model, inputs, configs, max_new_tokens=args.max_new_tokens, do_sample=False)
     show(runs, tokenizer, False, {}, _when_empty(False, False))
-    rounds_only = [run.label for run in runs[1:] if run.channels_skipped == 0]
-    if rounds_only:
-        console.print(
-            f"{' and '.join(rounds_only)}: no channel is skipped, all that is saved is the rounding of the gate rows.",
-            style="dim",
-        )
     console.print(
         "This model is tiny, so tokens/s here measure Python more than weights read; "
         "docs/speed.md has speeds at real sizes.",

@@ -22,7 +22,8 @@ from popmm.evaluation.progress import for_people
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments and runs what they ask for."""
-    config, settings, prompt = config_from(args), generation_settings(args), prompt_from(args)
+    # regions of channels are what there is to see
+    config, settings, prompt = config_from(args).without_default(), generation_settings(args), prompt_from(args)
     check_pictures(args.out)
     if args.image:
         return _pictures(args, config, settings, prompt)

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = subcommands.add_parser("generate", help="generate text, pruned")
     _add_model(generate)
-    _add_config(generate, ratio=PopConfig().pruning_ratio)
+    _add_config(generate, shares=True)
     _add_generation(generate)
     generate.add_argument("--compare", action="store_true", help="run dense and pruned, show both and what they cost")
     _add_json(generate)
@@ -46,14 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = subcommands.add_parser("chat", help="chat about text and pictures, pruned", epilog=CHAT_EPILOG)
     _add_model(chat, default="zoo:shapes")
-    _add_config(chat, ratio=arguments.CHAT_RATIO)
+    _add_config(chat, shares=True)
     _add_generation(chat, prompt=False)
     chat.add_argument("--image", action="append", default=[], help="picture for the first question; may be repeated")
     chat.set_defaults(run=_later("popmm.cli.commands:chat"))
 
     inspect = subcommands.add_parser("inspect", help="show a prompt's partition as a table and a picture")
     _add_model(inspect)
-    _add_config(inspect, ratio=PopConfig().pruning_ratio)
+    _add_config(inspect, shares=True)
     _add_generation(inspect)
     inspect.add_argument("--second-prompt", help=f"experts: compared with the first ({arguments.SECOND_PROMPT})")
     inspect.add_argument("--image", action="append", help="picture for a vision-language model; may be repeated")
@@ -146,17 +146,19 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else, to stdout")
 
 
-def _add_config(parser: argparse.ArgumentParser, ratio: float | None = None) -> None:
-    """Options of ``PopConfig``; ``ratio``: the default of --pruning-ratio, None without one."""
+def _add_config(parser: argparse.ArgumentParser, shares: bool = False) -> None:
+    """Options of ``PopConfig``; ``shares``: those that say how much to read too."""
     defaults = PopConfig()
-    if ratio is not None:
+    if shares:
         either = parser.add_mutually_exclusive_group()
-        either.add_argument("--pruning-ratio", type=float, help=f"share of block weights ({ratio:g})")
+        either.add_argument("--pruning-ratio", type=float, help="share of block weights to prune")
         either.add_argument("--ffn-ratio", type=float, help="share of FFN channels, instead")
-        either.add_argument("--bytes", type=float, help="tiers, gate: share of the 16-bit FFN bytes to read, instead")
+        either.add_argument(
+            "--bytes", type=float, help=f"tiers, gate: share of the 16-bit FFN bytes to read ({defaults.bytes})"
+        )
         parser.add_argument("--refresh-every", type=int, default=0, help="decode steps between dense ones (never)")
     parser.add_argument(
-        "--selection", help="gate, tiers, mask or keep (gate; with --candidate-fraction: mask; with --bytes: tiers)"
+        "--selection", help="tiers, gate, mask or keep (tiers; with a ratio: gate; with --candidate-fraction: mask)"
     )
     parser.add_argument("--gate-bits", type=int, help="gate: 16, 8 or 4 (chosen by the bytes)")
     parser.add_argument("--weight-bits", type=int, help="tiers: all channels at 8 to 3 bits, none chosen")

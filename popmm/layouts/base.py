@@ -25,6 +25,7 @@ class LayoutContract(Protocol):
     sizes: RegionSizes
     norms: Tensor | None  # ||W_down[:, i]|| of all channels as they lie, float32 [(E,) d_ff]
     marks: list[Tensor]  # fingerprint of the weights as they lie
+    by_operators: bool  # whether a token's FFN is one native operator
 
     def allocate(self, source: FFNWeights) -> None:
         """Makes the buffers for weights like ``source``; again when the model has moved or its weights have changed."""

@@ -28,6 +28,7 @@ class CopyLayout(ChannelsStay):
     """
 
     name = "copy"
+    by_operators = False
     reorders = False  # the model's own weights are only read
 
     def __init__(self, sizes: RegionSizes, fill_mean: bool) -> None:

@@ -56,6 +56,7 @@ class GateLayout(ChannelsStay):
     """
 
     reorders = False  # down's memory is turned once, at attach
+    by_operators = False
 
     def __init__(self, sizes: RegionSizes, fill_mean: bool, bits: int, in_place: bool, site: str) -> None:
         self.site = site

@@ -58,6 +58,7 @@ class PermuteLayout:
     """Retained and candidate channels first, in the model's own weights."""
 
     name = "permute"
+    by_operators = False
     reorders = True  # writes the model's own weights at each prompt
 
     def __init__(self, sizes: RegionSizes, fill_mean: bool, module: nn.Module, views: Callable[[], FFNWeights]) -> None:

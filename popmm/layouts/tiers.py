@@ -116,9 +116,13 @@ class TiersLayout(ChannelsStay):
                 y = y + kernels.planes_add(self.down, bits, rows, combine(own, u))
             return _with(y, self.down_bias, experts), torch.cat(places, dim=1)
 
+    @property
+    def by_operators(self) -> bool:
+        return self.whole is not None and self.whole.steps
+
     def step(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> Tensor | None:
         """``decode`` by one native operator, in the dtype of x (of experts float32); None where there is none."""
-        if self.whole is None or not self.whole.steps or kernels.needs_gradient(x):
+        if not self.by_operators or kernels.needs_gradient(x):
             return None
         first = None if experts is None else experts * self.sizes.d_ff
         return _with(self.whole.step(x, first, wide=experts is not None), self.down_bias, experts)

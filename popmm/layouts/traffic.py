@@ -13,6 +13,8 @@ from popmm.method.tiers import TierSizes, bits_read, tier_sizes
 
 BEST_OF_EIGHT = 0.75  # K / d_ff from which 8 bits serve better than 4 (measured on four models, docs/quality.md)
 
+LEAST_GROUP = 16  # weights of a row that are worth a scale
+
 SizesRule = Callable[[int, float, float], RegionSizes]  # (d_ff, ffn_ratio, candidate_fraction)
 
 
@@ -20,7 +22,7 @@ def with_bits(config: PopConfig, sites: list[FFNSite], ratio: float) -> PopConfi
     """A config whose ``gate_bits`` are settled, the same for all FFNs."""
     if config.selection != "gate" or config.gate_bits is not None:
         return config
-    quantisable = all(group_of(site.weights().d_model) >= 16 for site in sites)
+    quantisable = all(group_of(site.weights().d_model) >= LEAST_GROUP for site in sites)
     if not quantisable or config.candidate_fraction is not None:
         return config.replace(gate_bits=16)
     weights = sites[0].weights()
@@ -29,13 +31,15 @@ def with_bits(config: PopConfig, sites: list[FFNSite], ratio: float) -> PopConfi
     return config.replace(gate_bits=8 if budget >= BEST_OF_EIGHT else 4)
 
 
-def sizes_for(site: FFNSite, ratio: float, config: PopConfig, rule: SizesRule = region_sizes) -> RegionSizes:
+def sizes_for(site: FFNSite, ratio: float, config: PopConfig, rule: LEAST_GROUP = 16  # weights of a row that are worth a scale
+
+SizesRule = region_sizes) -> RegionSizes:
     """Sizes of a site's regions at an FFN ratio; ``gate`` and ``tiers`` have their own rules, by bytes."""
     weights = site.weights()
     if config.selection not in ("gate", "tiers"):
         return rule(weights.d_ff, ratio, config.candidate_fraction)
     group = group_of(weights.d_model)
-    if group < 16 and (config.selection == "tiers" or config.gate_bits < 16):
+    if group < LEAST_GROUP and (config.selection == "tiers" or config.gate_bits < 16):
         what = "selection='tiers'" if config.selection == "tiers" else f"gate_bits={config.gate_bits}"
         raise ValueError(
             f"{what} quantises groups of 16 weights or more, and {site.name} has d_model={weights.d_model}, which 16 "

@@ -21,7 +21,15 @@ from popmm.runtime.rest import RestLayer
 from popmm.runtime.runner import Runner
 from popmm.runtime.site import PrunedSite
 from popmm.runtime.tower import PrunedTowerFFN
-from popmm.runtime.wrappers import chunked, compiled, exclusive, phased, refused_batching, with_modalities
+from popmm.runtime.wrappers import (
+    chunked,
+    compiled,
+    compiles_on_cpu,
+    exclusive,
+    phased,
+    refused_batching,
+    with_modalities,
+)
 
 
 def wire(
@@ -46,7 +54,9 @@ def wire(
         freed: the FFNs' own weights, if they are to be freed.
     """
     caches = StaticCaches()
-    overrides = [Override(model, name, ours) for name, ours in _around_generate(model, runner, caches)]
+    by_operators = all(ffn.layout.by_operators for ffn in ffns)
+    around = _around_generate(model, runner, caches, by_operators)
+    overrides = [Override(model, name, ours) for name, ours in around]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
     overrides += [override for layer in rest for override in layer.overrides()]
     overrides += attention_overrides(decoder) if rest else []
@@ -90,7 +100,9 @@ def _held(ffns: list[PrunedSite]) -> Iterator[tuple[nn.Module | nn.Parameter, st
             yield parameter, f"{ffn.name}.{name}"
 
 
-def _around_generate(model: nn.Module, runner: Runner, caches: StaticCaches) -> Iterator[tuple[str, Callable]]:
+def _around_generate(
+    model: nn.Module, runner: Runner, caches: StaticCaches, by_operators: bool
+) -> Iterator[tuple[str, Callable]]:
     """What stands around ``generate`` and its steps, by name."""
     if hasattr(model, "generate"):
         yield "generate", exclusive(model.generate, runner)
@@ -99,6 +111,8 @@ def _around_generate(model: nn.Module, runner: Runner, caches: StaticCaches) -> 
         "get_compiled_call": lambda call: compiled(call, runner),
         "_prefill": lambda call: chunked(call, runner),
     }
+    if by_operators:
+        around["_valid_auto_compile_criteria"] = lambda call: compiles_on_cpu(call, runner)
     for name, wrap in around.items():
         call = internal(model, name)
         if call is not None:

@@ -155,6 +155,26 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
     return get_counted_call
 
 
+LARGE = 64 << 20  # bytes of a model's weights from which on compiling its step on the CPU is worth the wait
+
+
+def compiles_on_cpu(criteria: Callable, runner: Runner) -> Callable:
+    """``generate``'s judgement whether to compile steps over a static cache: on the CPU too, where that is faster.
+
+    That is where they are made of native operators; a compilation takes some 20 seconds, once.
+    """
+
+    @functools.wraps(criteria)
+    def judge(model_kwargs, generation_config, *args, **kwargs):
+        model = criteria.__self__
+        large = sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE
+        if large and model.device.type == "cpu" and not (runner.phase.released or generation_config.disable_compile):
+            compile_on_cpu(generation_config)
+        return criteria(model_kwargs, generation_config, *args, **kwargs)
+
+    return judge
+
+
 def chunked(prefill: Callable, runner: Runner) -> Callable:
     """``generate``'s prefill, whose passes are a prompt however few tokens they bring."""
 
