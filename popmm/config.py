@@ -189,7 +189,7 @@ class PopConfig:
         return plain and all(value is None for value in (*shares, *others))
 
     def without_default(self) -> PopConfig:
-        """For models whose weights cannot be quantised in groups: gate by the paper's ratio, if nothing was asked for."""
+        """For weights that cannot be quantised in groups: gate by the paper's ratio, if nothing was asked for."""
         return self.replace(pruning_ratio=DEFAULT_PRUNING_RATIO, weights="keep") if self._by_default else self
 
     def _check_bytes(self) -> None:

@@ -31,9 +31,7 @@ def with_bits(config: PopConfig, sites: list[FFNSite], ratio: float) -> PopConfi
     return config.replace(gate_bits=8 if budget >= BEST_OF_EIGHT else 4)
 
 
-def sizes_for(site: FFNSite, ratio: float, config: PopConfig, rule: LEAST_GROUP = 16  # weights of a row that are worth a scale
-
-SizesRule = region_sizes) -> RegionSizes:
+def sizes_for(site: FFNSite, ratio: float, config: PopConfig, rule: SizesRule = region_sizes) -> RegionSizes:
     """Sizes of a site's regions at an FFN ratio; ``gate`` and ``tiers`` have their own rules, by bytes."""
     weights = site.weights()
     if config.selection not in ("gate", "tiers"):

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from popmm.adapters.vlm import Surroundings
-from popmm.compat import BATCHING_CALLS, CONTINUOUS_BATCHING, find_cache, generate_settings, is_exporting
+from popmm.compat import (
+    BATCHING_CALLS,
+    CONTINUOUS_BATCHING,
+    compile_on_cpu,
+    find_cache,
+    generate_settings,
+    is_exporting,
+)
 from popmm.runtime.calls import Arguments, input_shape
 from popmm.runtime.experts_interface import check_switched
 from popmm.runtime.runner import Runner
