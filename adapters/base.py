@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from popmm.method.ffn import FFNWeights
+
+if TYPE_CHECKING:
+    from .quantised import Packed
 
 
 class UnsupportedModelError(ValueError):
@@ -37,6 +40,8 @@ class FFNSite:
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
+    values: Callable[[], FFNWeights] | None = None  # of quantised layers, dequantised; ``weights`` has shapes alone
+    packed: Packed | None = None  # the quantised layers
     name: str = ""
     layer: int = -1
     shared: bool = False  # a shared expert beside routed ones
@@ -44,6 +49,10 @@ class FFNSite:
     @property
     def is_experts(self) -> bool:
         return self.n_experts > 0
+
+    def read(self) -> FFNWeights:
+        """The weights with their values, which quantised layers compute at each call."""
+        return self.weights() if self.values is None else self.values()
 
     def active_channels(self) -> int:
         """Channels that one token activates, over all of its experts."""
@@ -55,6 +64,8 @@ class FFNSite:
 
     def active_bytes(self) -> int:
         """Weight bytes that one token reads."""
+        if self.packed is not None:
+            return self.packed.bytes()
         return self.weights().bytes_per_channel() * self.active_channels()
 
 

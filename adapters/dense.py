@@ -20,9 +20,12 @@ from popmm.method.ffn import FFNWeights, ffn
 from .base import FFNSite, UnsupportedModelError, register
 from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
+from .quantised import CLOSE, Packed, is_quantised
 from .weights import check_finite, is_machine_failure, why_not_plain
 
 __all__ = ["TOLERANCE", "DenseAdapter"]
+
+QUANTISED_CLOSE = 3 * CLOSE
 
 _OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
 
@@ -45,8 +48,9 @@ class DenseAdapter:
         square = len(layers) == 3 and inputs == outputs
         if not activations and (square or not takes_hidden_states_alone(module)):
             return None
+        quantised = {name: layer for name, layer in layers.items() if is_quantised(layer)}
         for name, layer in layers.items():
-            reason = why_not_plain(layer, name)
+            reason = "" if name in quantised else why_not_plain(layer, name)
             if reason:
                 raise UnsupportedModelError(f"{type(module).__name__} is a gated FFN that cannot be read: {reason}")
         beside = [name for name, child in module.named_children() if name not in layers and _has_parameters(child)]
@@ -57,12 +61,17 @@ class DenseAdapter:
                 f"{_OTHER_FORM}"
             )
         candidates = [found] if found else _guesses(readings, activations or list(_INLINE))
+        packed = Packed(quantised) if quantised else None
         if probe:
-            candidates = [_probe(module, layers, candidates)]
+            candidates = [_probe(module, layers, candidates, packed)]
         reading, combine, factor = candidates[0]
         down, up = getattr(module, reading.down), None if reading.up is None else getattr(module, reading.up)
         views = partial(_views, module, reading)
-        return FFNSite(module=module, weights=views, combine=combine, down=down, up=up, factor=factor)
+        site = FFNSite(module=module, weights=views, combine=combine, down=down, up=up, factor=factor)
+        if packed is not None:
+            site.weights, site.values = partial(views, packed.stand_in), partial(views, packed.weight)
+            site.packed = packed
+        return site
 
 
 def _readings(layers: dict[str, nn.Module]) -> list[Reading]:
@@ -109,32 +118,46 @@ def _guesses(readings: list[Reading], activations: list[Callable]) -> list[Combi
     return [Combination(reading, partial(activate, act)) for act in activations for reading in readings]
 
 
-def _views(module: nn.Module, reading: Reading) -> FFNWeights:
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.weight
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    return getattr(layer, "bias", None)
+
+
+def _views(module: nn.Module, reading: Reading, weight: Callable[[nn.Module], Tensor] = _weight) -> FFNWeights:
     gate, down = getattr(module, reading.gate), getattr(module, reading.down)
     if reading.up is not None:
         up = getattr(module, reading.up)
-        return FFNWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+        return FFNWeights(weight(gate), weight(up), weight(down), _bias(gate), _bias(up), _bias(down))
     apart = ARRANGEMENTS[reading.arrangement][0]
-    biases = (None, None) if gate.bias is None else apart(gate.bias)
-    return FFNWeights(*apart(gate.weight), down.weight, *biases, down.bias)
+    biases = (None, None) if _bias(gate) is None else apart(_bias(gate))
+    return FFNWeights(*apart(weight(gate)), weight(down), *biases, _bias(down))
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, layers: dict[str, nn.Module], candidates: list[Combination]) -> Combination:
+def _probe(
+    module: nn.Module, layers: dict[str, nn.Module], candidates: list[Combination], packed: Packed | None
+) -> Combination:
     """The candidate that reproduces the module's own output on random tokens.
 
     Raises:
         UnsupportedModelError: none does.
     """
     kind = type(module).__name__
-    check_finite({f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()})
-    views = _views(module, candidates[0].reading)
+    plain_layers = {name: layer for name, layer in layers.items() if packed is None or name not in packed.layers}
+    check_finite({f"{name}.{key}": p for name, layer in plain_layers.items() for key, p in layer.named_parameters()})
+    read = {layer: _weight(layer) if packed is None else packed.weight(layer) for layer in layers.values()}
+    views = _views(module, candidates[0].reading, read.__getitem__)
     generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
     x = torch.randn(1, len(SCALES), views.d_model, generator=generator, **plain).to(views.gate.device)
     # so that the channels take the sizes of SCALES
     spread = torch.nn.functional.linear(x.to(views.gate.dtype), views.gate).float().std(-1, keepdim=True)
     size = torch.tensor(SCALES, **plain).to(x.device)[:, None] / spread.clamp_min(1e-6)
     x = (x * size).to(views.gate.dtype)
+    # what quantised layers round their inputs to is not known
+    tolerance = TOLERANCE.get(x.dtype, 1e-4) if packed is None else QUANTISED_CLOSE
     try:
         expected = module(x)
     except Exception as error:
@@ -145,8 +168,8 @@ def _probe(module: nn.Module, layers: dict[str, nn.Module], candidates: list[Com
         ) from error
     if isinstance(expected, Tensor):
         for found in candidates:
-            ours = ffn(x, _views(module, found.reading), found.combine)
-            if close(ours, expected, TOLERANCE.get(x.dtype, 1e-4)):
+            ours = ffn(x, _views(module, found.reading, read.__getitem__), found.combine)
+            if close(ours, expected, tolerance):
                 return found
     raise UnsupportedModelError(
         f"{kind} has the layers of a gated FFN but computes something other than down(act(gate(x)) * up(x)): "

@@ -125,7 +125,10 @@ class PartitionState:
     def notes(self) -> dict[str, str]:
         """FFNs of which a reader must know something, by name: left dense and why, ranked from few tokens or none."""
         seen = {ffn.name: ffn.note for ffn in self._ffns if ffn.note and self.ready}
-        return {**{name: f"stays dense: {reason}" for name, reason in self._left_out.items()}, **seen}
+        origins = {ffn.name: ffn.origin for ffn in self._ffns if ffn.origin}
+        for name in origins.keys() & seen.keys():
+            origins[name] = f"{origins[name]}; {seen.pop(name)}"
+        return {**{name: f"stays dense: {reason}" for name, reason in self._left_out.items()}, **origins, **seen}
 
     def save_statistics(self, cache: Cache) -> Sequence:
         """What is known of the prompt in ``cache``, to be pickled and given to ``load_statistics`` later.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from popmm.adapters import UnsupportedModelError
 from popmm.layouts.copy import CopyLayout
 from popmm.layouts.gate import GateLayout
 from popmm.layouts.permute import PermuteLayout
@@ -33,7 +34,12 @@ def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place
     """
     fill_mean = config.fill == "mean"
     weight = site.weights().down
-    if config.selection == "tiers":
+    if site.packed is not None and config.selection != "tiers" and not sizes.is_dense:
+        raise UnsupportedModelError(
+            f"{site.name} is quantised ({site.packed.kind}), and selection={config.selection!r} reads rows of weights "
+            "as they lie: give selection='tiers' (bytes=0.25, say), or load the model with unquantised weights"
+        )
+    if config.selection == "tiers" or site.packed is not None:
         return TiersLayout(sizes, site.combine, site.name)
     if config.layout == "permute" and in_place:
         raise ValueError(f"layout='permute': {site.name} {in_place}; give layout='copy' or 'auto'")

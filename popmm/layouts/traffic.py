@@ -64,6 +64,8 @@ def bytes_read(
     weights, k = site.weights(), sizes.budget if passing is None else passing
     row = weights.d_model * (plain or weights.gate.element_size())
     shares = site.active_channels() / sizes.d_ff  # FFNs of this size that a token is sent to
+    if sizes.is_dense and site.packed is not None:
+        return site.active_bytes()
     if sizes.is_dense:
         return shares * sizes.d_ff * 3 * row
     if isinstance(sizes, TierSizes):

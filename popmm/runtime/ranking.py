@@ -92,7 +92,7 @@ class Ranking:
     @torch.no_grad()
     def _row_norms(self) -> tuple[Tensor, Tensor]:
         if self._norms is None:
-            gate, up = row_norms(self.site.weights())
+            gate, up = row_norms(self.site.read())
             self._norms = self.layout.by_channel(gate), self.layout.by_channel(up)
         return self._norms
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ class PrunedSite:
         self.config = config
         self.integrity: Integrity | None = None  # set by attach
         self.identity: Tensor | None = None  # float32 [n], by which a saved sequence knows the model again
+        self.origin = ""  # of quantised weights
         self.note = ""  # what a reader must know of the partition's origin
         self.partition: FFNPartition | None = None
         self.stale = False  # the weights were read again since the partition was laid out
@@ -55,7 +57,11 @@ class PrunedSite:
 
     def allocate(self) -> None:
         """Reads the weights, and makes what the layout keeps of them."""
-        self.layout.allocate(self.site.weights())
+        source = self.site.read()
+        self.layout.allocate(source)
+        if self.site.packed is not None:
+            self._packed = self.site.packed.identity()
+            self.origin = _origin(self.site.packed.kind, self.layout, source)
         gate = self.layout.by_channel(self.layout.marks[0])
         self.identity = gate.flatten()[:IDENTIFYING].to("cpu", copy=True)
 
@@ -66,7 +72,7 @@ class PrunedSite:
 
     def weights(self) -> FFNWeights:
         """What a prompt is read with: the module's weights, or what the planes hold of them."""
-        return self.layout.dequantised(self.site.weights()) if self.replaced else self.site.weights()
+        return self.layout.dequantised(self.site.weights()) if self.replaced else self.site.read()
 
     def keep_norms(self) -> None:
         """Reads what ranking needs of the weights, before they are freed."""
@@ -81,7 +87,11 @@ class PrunedSite:
         hooked = self.integrity.check()
         if self.replaced:
             return hooked
-        if not self.layout.fits(self.site.weights()):
+        if self.site.packed is not None:
+            fits = self._packed == self.site.packed.identity()
+        else:
+            fits = self.layout.fits(self.site.weights())
+        if not fits:
             self.allocate()
             self.ranking.forget_weights()
             self.stale = True
@@ -276,7 +286,7 @@ class PrunedFFN(PrunedSite):
         return self.layout.positions(pruned), mean
 
     def _recompute_up(self) -> Tensor:
-        weights = self.site.weights()
+        weights = self.site.read()
         return F.linear(self._x.detach(), weights.up, weights.up_bias)
 
     def record(self, x: Tensor, passing: Tensor | None) -> None:
@@ -292,6 +302,15 @@ def _without(h: Tensor, places: Tensor, instead: Tensor | float) -> Tensor:
     h = h.clone()
     h[..., places] = instead
     return h
+
+
+def _origin(kind: str, layout: Layout, source: FFNWeights) -> str:
+    """Where planes of quantised weights come from, and what rounding them again has changed."""
+    if layout.sizes.is_dense:
+        return ""
+    held = layout.dequantised(source)
+    off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(held[:3], source[:3])]
+    return f"read from {kind}; rounding it again moves weights by {math.ceil(max(off) * 1000) / 10:.1f}% of their size"
 
 
 def _note(read: int, tokens: int) -> str:
