@@ -52,18 +52,24 @@ def dequantised(layer: nn.Module, name: str) -> Tensor:
     Raises:
         UnsupportedModelError: they cannot be told.
     """
-    outputs, inputs = linear_shape(layer)[::-1]
+    inputs, outputs = linear_shape(layer)
     found = _by_its_tensor(layer)
-    if found is None or tuple(found.shape) != (outputs, inputs):
-        found = _by_unit_vectors(layer, name, inputs)
-    x = torch.randn(4, inputs, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
-    x = x.to(found)
-    expected, ours = _without_bias(layer, layer(x)).float(), x.float() @ found.float().mT
-    if not bool(torch.isfinite(ours).all()) or (ours - expected).abs().max() > CLOSE * expected.abs().max():
+    if found is not None and tuple(found.shape) == (outputs, inputs) and _answers_by(layer, found):
+        return found
+    found = _by_unit_vectors(layer, name, inputs)
+    if not _answers_by(layer, found):
         raise UnsupportedModelError(
             f"{name} is a {kind_of(layer)}, whose answers are not those of the weights it can be read as: {_REFUSED}"
         )
     return found
+
+
+def _answers_by(layer: nn.Module, weights: Tensor) -> bool:
+    """Whether a layer's answers to random vectors are those of these weights."""
+    plain = dict(dtype=torch.float32, device="cpu")
+    x = torch.randn(4, weights.shape[1], generator=torch.Generator("cpu").manual_seed(0), **plain).to(weights)
+    expected, ours = _without_bias(layer, layer(x)).float(), x.float() @ weights.float().mT
+    return bool(torch.isfinite(ours).all() and (ours - expected).abs().max() <= CLOSE * expected.abs().max())
 
 
 def _by_its_tensor(layer: nn.Module) -> Tensor | None:
