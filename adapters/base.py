@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from popmm.method.ffn import FFNWeights
-
-if TYPE_CHECKING:
-    from .quantised import Packed
 
 
 class UnsupportedModelError(ValueError):
@@ -21,6 +18,18 @@ class UnsupportedModelError(ValueError):
 
 class BrokenWeightsError(UnsupportedModelError):
     """Weights that no form explains: they are not finite."""
+
+
+class PackedWeights(Protocol):
+    """The quantised layers of one FFN, in whatever format."""
+
+    kind: str  # the format's name
+
+    def bytes(self) -> int:
+        """Memory that their weights take."""
+
+    def identity(self) -> tuple:
+        """What changes when they are replaced or written."""
 
 
 @dataclass
@@ -41,7 +50,7 @@ class FFNSite:
     top_k: int = 0  # experts that one token activates
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
     values: Callable[[], FFNWeights] | None = None  # of quantised layers, dequantised; ``weights`` has shapes alone
-    packed: Packed | None = None  # the quantised layers
+    packed: PackedWeights | None = None  # the quantised layers
     name: str = ""
     layer: int = -1
     shared: bool = False  # a shared expert beside routed ones

@@ -25,13 +25,13 @@ from popmm.layouts.choose import Layout, choose_layout, shared_parameters, why_n
 from popmm.layouts.traffic import LEAST_GROUP, SizesRule, sizes_for, with_bits
 from popmm.method.budget import MAX_FFN_RATIO, region_sizes
 from popmm.runtime.attachment import MARKER, Attachment
+from popmm.runtime.dense import PrunedFFN
 from popmm.runtime.experts import PrunedExperts
 from popmm.runtime.freed import FreedWeights
 from popmm.runtime.partitions import Partitions
 from popmm.runtime.phase import Phase
 from popmm.runtime.rest import RestLayer, rest_layers
 from popmm.runtime.runner import Runner
-from popmm.runtime.site import PrunedFFN
 from popmm.runtime.tower import PrunedTowerFFN, tower_ratio
 from popmm.runtime.wiring import wire
 from popmm.state import PartitionState

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, StaticCache
 from transformers import masking_utils as _masking
 from transformers import modeling_utils as _modeling
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations import moe as _moe
 
 __all__ = [
@@ -105,6 +105,11 @@ def tokens_in(cache: Cache | None) -> int | Tensor | None:
 def holds_state(cache: Cache) -> bool:
     """Whether a cache that does not count tokens (``tokens_in``) has read any."""
     return bool(cache.layers) and cache.has_previous_state()
+
+
+def stays_compiled(cache: Cache | None) -> bool:
+    """Whether a cache changes nothing but tensors from step to step: sliding windows count in Python."""
+    return cache is not None and all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 # Experts ----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_config_replace_swaps_ratios():
     config = popmm.PopConfig(pruning_ratio=0.3)
     assert config.replace(ffn_ratio=0.5).pruning_ratio is None
     assert config.replace(ffn_ratio=0.5).replace(pruning_ratio=0.2).ffn_ratio is None
-    assert popmm.PopConfig().pruning_ratio == 0.4
+    assert popmm.PopConfig(selection="gate").pruning_ratio == 0.4 and popmm.PopConfig().bytes == 0.33
     assert popmm.PopConfig.paper(pruning_ratio=0.2).prefill == "pruned"
 
 

@@ -145,11 +145,11 @@ def evaluate(
                 with quantised_ffns(model, method.weight_bits) as share:
                     rows.append(_row(w.method, 0.0, share, 0.0, measured(nullcontext), subsets))
                 continue
-            asked = base.replace(**_ratio(model, method, base, w))
-            if asked.ffn_ratio is None and w.bytes_share is not None:
+            ratio = _ratio(model, method, base, w)
+            if not any(value is not None for value in ratio.values()):
                 bars.advance(bar, sum(map(len, subsets)))
                 continue
-            with _attached(model, method, asked, calibration) as state:
+            with _attached(model, method, base.replace(**ratio), calibration) as state:
                 scores = measured(state.simulated_decode)
                 ratio = 0.0 if method.fixed else state.ffn_ratio
                 row = _row(w.method, ratio, share_read(state), share_skipped(state), scores, subsets)

@@ -22,6 +22,7 @@ from popmm.compat import (
     find_cache,
     generate_settings,
     is_exporting,
+    stays_compiled,
 )
 from popmm.runtime.calls import Arguments, input_shape
 from popmm.runtime.experts_interface import check_switched
@@ -150,7 +151,9 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
             before = runner.passes.total
             runner.phase.step = is_step
             watch = runner.around.watch
-            form = (ids.shape, id(find_cache(kwargs)), id(runner.partitions.active)) if is_step else None
+            cache, form = find_cache(kwargs), None
+            if is_step and stays_compiled(cache):
+                form = ids.shape, id(cache), id(runner.partitions.active)
             with _held(0 if watch is None else watch.steps_like(form)):
                 output = step(*args, **kwargs)
             if is_step and runner.passes.total == before:

@@ -8,8 +8,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from transformers.pytorch_utils import Conv1D
 
-import popmm
-
 
 class QBytesTensor(torch.Tensor):
     """Stands for the packed tensors of quantisation libraries, which refuse most operations."""
@@ -71,33 +69,6 @@ def test_flags_of_a_quantiser_say_nothing_about_plain_weights(llama):
     assert len(list(describe(llama).sites())) == 2
 
 
-@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_torchao_weights_are_named(llama, config):
-    torchao = pytest.importorskip("torchao.quantization")
-    torchao.quantize_(llama.model.layers[0].mlp, getattr(torchao, config)())
-    kind = type(llama.model.layers[0].mlp.gate_proj.weight).__name__
-    assert (
-        f"LlamaMLP is a gated FFN that cannot be read: gate_proj.weight is a{'n' * (kind[0] in 'AI')} {kind}"
-        in reason(llama)
-    )
-
-
-def test_a_model_of_nothing_but_quantised_weights_is_refused_with_the_reason(llama):
-    torchao = pytest.importorskip("torchao.quantization")
-    torchao.quantize_(llama, torchao.Int8WeightOnlyConfig())
-    with pytest.raises(
-        popmm.UnsupportedModelError, match=r"cannot be read: gate_proj\.weight is an? \w+: load the model"
-    ):
-        describe(llama)
-
-
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
-def test_a_subclass_of_tensor_in_a_plain_linear_layer_is_named(llama, name):
-    linear = getattr(llama.model.layers[0].mlp, name)
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(QBytesTensor), requires_grad=False)
-    assert f"{name}.weight is a QBytesTensor: load the model with unquantised weights" in reason(llama)
-
-
 def test_eight_bit_floats_are_named(llama):
     linear = llama.model.layers[0].mlp.up_proj
     linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
@@ -114,24 +85,6 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_named(llama):
     new.weight = old.weight
     llama.model.layers[0].mlp.up_proj = new
     assert "up_proj is a QLinear, which computes by a forward of its own" in reason(llama)
-
-
-def test_a_linear_layer_of_packed_weights_is_named(llama):
-    class QuantLinear(nn.Module):
-        def __init__(self, in_features, out_features):
-            super().__init__()
-            self.in_features, self.out_features = in_features, out_features
-            self.register_buffer("qweight", torch.zeros(in_features // 8, out_features, dtype=torch.int32))
-            self.register_buffer("scales", torch.ones(1, out_features))
-
-        def forward(self, x):
-            return x.new_zeros(*x.shape[:-1], self.out_features)
-
-    mlp = llama.model.layers[0].mlp
-    for name, linear in list(mlp.named_children()):
-        if isinstance(linear, nn.Linear):
-            setattr(mlp, name, QuantLinear(linear.in_features, linear.out_features))
-    assert "gate_proj is a QuantLinear that keeps qweight, scales: load the model with unquantised" in reason(llama)
 
 
 def test_a_low_rank_adapter_around_a_projection_is_named_until_it_is_merged(llama):

@@ -211,8 +211,8 @@ def test_bytes_per_token_is_what_is_read():
         assert state.bytes_per_token()[0] == 2 * (80 * (32 / 2 + 2) + 2 * s.budget * 32 * 4)
 
 
-def test_gate_is_the_default_and_gamma_alone_asks_for_the_papers_mask():
-    assert popmm.PopConfig().selection == "gate"
+def test_a_ratio_alone_asks_for_gate_and_gamma_alone_for_the_papers_mask():
+    assert popmm.PopConfig(pruning_ratio=0.3).selection == popmm.PopConfig(fill="mean").selection == "gate"
     assert popmm.PopConfig(candidate_fraction=0.1).selection == "mask"
     assert popmm.PopConfig.paper() == popmm.PopConfig(selection="mask", prefill="pruned")
 

@@ -119,7 +119,7 @@ def test_gradients_flow_through_a_step(llama):
         (dict(selection="tiers", fill="mean"), "fill='mean' does not go with selection='tiers'"),
         (dict(selection="tiers", candidate_fraction=0.2), "candidate_fraction=0.2 does not go"),
         (dict(selection="tiers", weight_bits=9), "weight_bits=9: give 8, 7, 6, 5, 4 or 3"),
-        (dict(weight_bits=8), "weight_bits=8 belongs to selection='tiers'"),
+        (dict(weight_bits=8, selection="gate"), "weight_bits=8 belongs to selection='tiers'"),
     ],
     ids=str,
 )
@@ -154,3 +154,21 @@ def test_batches_choose_by_sequence(llama):
         llama.generate(ids, max_new_tokens=3, do_sample=False)
         mask = trace["model.layers.0.mlp"]
     assert (mask.sum(-1) == state._ffns[0].sizes.budget).all() and (mask[:, 0] != mask[:, 1]).any()
+
+
+def test_tiers_are_the_default_and_give_way_to_whatever_is_asked_for():
+    default = popmm.PopConfig()
+    assert (default.selection, default.bytes, default.pruning_ratio) == ("tiers", 0.33, None)
+    assert popmm.PopConfig(rest_bits=8, skip_layers=(0,)).bytes == 0.33
+    assert popmm.PopConfig(weight_bits=8).selection == "tiers"
+    changed = default.replace(ffn_ratio=0.3)
+    assert (changed.selection, changed.bytes, changed.ffn_ratio) == ("gate", None, 0.3)
+    assert default.replace(selection="mask").pruning_ratio == 0.4
+    assert default.replace(rest_bits=8) == popmm.PopConfig(rest_bits=8)
+    assert popmm.PopConfig(bytes=0.33).replace(selection="gate").selection == "gate"
+
+
+def test_the_default_serves_models_that_no_group_divides():
+    model = tiny.dense("llama", hidden_size=40, num_attention_heads=4, head_dim=8)
+    with popmm.pruned(model) as state:
+        assert state.config.selection == "gate" and state.config.pruning_ratio == 0.4
