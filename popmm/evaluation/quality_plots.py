@@ -54,6 +54,29 @@ def equal_bytes_figure(rows: list[Row], title: str, file: Path, exact: bool = Fa
     plt.close(figure)
 
 
+def speed_figure(points: Mapping[str, list[tuple[float, float, str]]], title: str, file: Path) -> None:
+    """Writes a PNG: KL to the 16-bit model against tokens per second, a colour per owner; up and left is worse.
+
+    Args:
+        points: by owner, of (tokens per second, KL, name).
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for (owner, own), marker in zip(points.items(), "so^v"):
+        speeds, losses, names = zip(*own)
+        shown = [max(loss, 1e-4) for loss in losses]
+        axis.scatter(speeds, shown, marker=marker, label=owner, s=40)
+        for speed, loss, name in zip(speeds, shown, names):
+            axis.annotate(name, (speed, loss), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axis.set_yscale("log")
+    axis.set(xlabel="tokens per second (higher is better)", title=title)
+    axis.set_ylabel("KL to the 16-bit model, nats per token (lower is better)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def gamma_figure(rows: list[Row], title: str, file: Path) -> None:
     """Writes a PNG: KL to dense against the width of the candidate band, a line per pruning ratio (paper, figure 4)."""
     plt = pyplot()

@@ -44,14 +44,16 @@ def _file() -> Path | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if os.environ.get("POPMM_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
         return None
-    return _built(
-        "rows", [compiler, *_FLAGS], _SOURCES, _READ, "the C kernels could not be built, torch serves instead"
-    )
+    command = [compiler, *_FLAGS, *os.environ.get("POPMM_CFLAGS", "").split()]
+    return _built("rows", command, _SOURCES, _READ, "the C kernels could not be built, torch serves instead")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None. ``POPMM_NATIVE=0`` in the environment turns them off."""
+    """The compiled kernels, or None.
+
+    In the environment ``POPMM_NATIVE=0`` turns them off, and ``POPMM_CFLAGS`` adds to the compiler's options.
+    """
     return None if _file() is None else _declared(ctypes.CDLL(str(_file())), _ARGUMENTS)
 
 
@@ -69,7 +71,11 @@ def operators() -> ctypes.CDLL | None:
     file = _built("operators", command, [source, _file()], [source, _file()], instead)
     if file is None:
         return None
-    torch.ops.load_library(str(file))
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        logger.warning("%s: %s", instead, str(error)[:300])
+        return None
     return _declared(ctypes.CDLL(str(file)), _OPERATORS)
 
 

@@ -225,6 +225,54 @@ def test_activations_are_known_by_their_values():
     assert recognised(lambda g, u: F.silu(g.clamp(max=7)) * u, cpu) is None
 
 
+OTHER_PROCESSORS = """
+import torch
+from popmm import kernels
+from popmm.kernels import native, planes
+assert native.library() is not None
+torch.manual_seed(0)
+for n_rows, d in ((7, 64), (50, 576), (12, 96)):
+    for bits in (3, 4, 5, 6, 7, 8):
+        w = torch.randn(n_rows, d) * torch.randn(n_rows, 1).exp()
+        p = planes.encode(w, planes.base_of(bits))
+        rows = planes.decode(p, bits)
+        assert torch.equal(native.planes_decode(p, bits, torch.float32), rows)
+        index, x, h = torch.randint(0, n_rows, (2, 19)), torch.randn(2, d), torch.randn(2, 19)
+        size = torch.einsum("nkd,nd->nk", rows[index].abs(), x.abs())
+        assert ((native.planes_dot(p, bits, index, x) - planes.dot(p, bits, index, x)).abs() <= 1e-2 * size).all()
+        total = planes.add(p, bits, index, h)
+        assert (native.planes_add(p, bits, index, h) - total).norm() <= (2e-2 if bits <= 4 else 2e-3) * total.norm()
+print("fine")
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", ["-DPOPMM_AVX2", "-march=x86-64"])
+def test_kernels_of_other_processors(flags):
+    """What this processor would not choose: eight numbers at once, and one by one."""
+    environment = {**os.environ, "POPMM_CFLAGS": flags}
+    run = subprocess.run([sys.executable, "-c", OTHER_PROCESSORS], capture_output=True, text=True, env=environment)
+    assert run.stdout == "fine\n", run.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("distinct", [1, 2, 5, 40])
+@pytest.mark.parametrize("counts", [(3, 7, 11), (0, 4, 30), (5, 0, 8), (40, 0, 0), (1, 1, 1)])
+def test_equal_scores_go_to_the_lower_channels_in_c_too(distinct, counts):
+    d_ff, d = 40, 64
+    parts = [planes.encode(matrix(d_ff, d, seed)) for seed in range(3)]
+    x = torch.randn(1, d)
+    gate = native.planes_dot(parts[0], 4, torch.arange(d_ff)[None], x)[0]
+    wanted = torch.randint(0, distinct, (d_ff,), generator=torch.Generator().manual_seed(1)).float()
+    norms = torch.where(wanted > 0, wanted, 0)  # times a gate of size 1: scores that are equal to the bit
+    rms = 1 / F.relu(gate).clamp_min(1e-30)
+    score = (F.relu(gate) * rms).abs() * norms
+    tiers = tuple((bits, n) for bits, n in zip((8, 6, 4), counts))
+    _, index = native.TiersFFN(parts, d_ff, rms, norms, (None, None), "relu", tiers)(torch.tensor([0]), x)
+    places = torch.cat(assign(score[None], tiers), dim=1)
+    assert torch.equal(index, places)
+
+
 TRITON = """
 import torch
 from popmm.kernels import planes, triton_planes as room

