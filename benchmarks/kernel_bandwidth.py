@@ -78,8 +78,10 @@ def measure(device: str, dtype: torch.dtype) -> None:
         ),
         f"block_dot, {ROUTED} of {EXPERTS} experts": (lambda i: kernels.block_dot(stacks[i], pairs, routed), some),
     }
-    nested, wide = [planes.encode(w) for w in weights], x.float()
-    for bits in (8, 6, 4):
+    families = {base: [planes.encode(w, base) for w in weights] for base in planes.BASES}
+    wide = x.float()
+    for bits in (8, 6, 4, 7, 5, 3):
+        nested = families[planes.base_of(bits)]
         n_bytes = every / size * row_bits(bits, 64) / 8
         rows[f"planes, {bits} bits, all rows"] = (functools.partial(linear, nested, bits, wide), n_bytes)
         rows[f"planes, {bits} bits, dot, half"] = (functools.partial(dot, nested, bits, index, wide), n_bytes / 2)
@@ -87,9 +89,12 @@ def measure(device: str, dtype: torch.dtype) -> None:
     if device == "cuda":
         rows["grouped product, the same experts"] = (lambda i: _grouped(pairs, stacks[i], routed), some)
     print(f"\n{device}, {str(dtype).removeprefix('torch.')}, {D_FF} x {D_MODEL}")
+    most = 0.0  # what reading alone reaches, in the first row
     for name, (run, n_bytes) in rows.items():
         taken = seconds(run, device)
-        print(f"  {name:36} {taken * 1e6:9.0f} us {n_bytes / taken / 1e9:8.1f} GB/s")
+        rate = n_bytes / taken / 1e9
+        most = most or rate
+        print(f"  {name:36} {taken * 1e6:9.0f} us {rate:8.1f} GB/s {rate / most:7.0%} of reading")
 
 
 if __name__ == "__main__":
