@@ -142,7 +142,9 @@ def _plain(t: Tensor) -> Iterator[Tensor]:
 def identity(layers: list[nn.Module]) -> tuple:
     """What changes when a layer's packed weights are replaced or written."""
     tensors = [t for layer in layers for t in packed(layer)]
-    return tuple((t.data_ptr(), tuple(t.shape), None if t.is_inference() else t._version) for t in tensors)
+    own = [t for layer in layers for t in (*layer.parameters(False), *layer.buffers(False))]  # biases too
+    places = tuple((t.data_ptr(), tuple(t.shape)) for t in tensors)
+    return places, tuple(None if t.is_inference() else t._version for t in (*own, *tensors))
 
 
 class Packed:

@@ -186,8 +186,9 @@ def _plan(
     tower = _pruned_tower(model, config)
     phase = Phase()
     rest: list[RestLayer] = []
+    modules = [site.module for site in sites]
     if config.rest_bits < 16:
-        rest = list(rest_layers(model, description.decoder, config.rest_bits, phase))
+        rest = list(rest_layers(model, description.decoder, config.rest_bits, phase, modules))
     runner = Runner(phase, Partitions(ffns, rest, phase), config.refresh_every, config.statistics == "weights")
     freed = FreedWeights(model, ffns, shared) if config.weights == "replace" else None
     state = PartitionState(given, ratio, ffns, left_dense, rest, runner, tower, description.left_out, freed)

@@ -8,6 +8,7 @@ so never turns into a model that is silently dense.
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo import eval_frame as _eval_frame
 from transformers import GenerationMixin, StaticCache
 from transformers import masking_utils as _masking
 from transformers import modeling_utils as _modeling
@@ -174,6 +176,7 @@ def internal(model: nn.Module, name: str) -> Callable | None:
     return found
 
 
+COMPILED = ("_compiled_call", "_last_compile_config")  # where ``generate`` keeps a compiled step
 CACHE_LENGTH = "_previous_max_cache_length"  # where ``generate`` notes the longest static cache that it has made
 
 
@@ -214,11 +217,27 @@ def generate_settings(generate: Callable, args: tuple, kwargs: Mapping[str, Any]
     return read
 
 
+def is_default_stance() -> bool:
+    """Whether the compiler does as it does by itself: nobody has asked for eager steps, or for guards to be held."""
+    stance = getattr(_eval_frame, "_stance", None)
+    return stance is not None and stance.stance == "default" and not stance.skip_guard_eval_unsafe
+
+
+def is_alone() -> bool:
+    """Whether no other thread of the process could be running a model; the compiler's own workers run none."""
+    own = threading.current_thread()
+    others = [t for t in threading.enumerate() if t is not own and not t.daemon]
+    return all(t.name.startswith(_WORKERS) for t in others)
+
+
+_WORKERS = ("InductorSubproc", "SubprocPool", "Thread-autotune")
+
+
 def compile_on_cpu(generation_config) -> None:
     """Has ``generate`` compile its steps on the CPU too, which it does on accelerators alone."""
     config = generation_config.compile_config
     if config is None:
-        config = generation_config.compile_config = transformers.CompileConfig(fullgraph=True, mode="default")
+        config = generation_config.compile_config = transformers.CompileConfig(fullgraph=False, mode="default")
     config._compile_all_devices = True
 
 

@@ -190,13 +190,16 @@ class PopConfig:
 
     def without_default(self) -> PopConfig:
         """For weights that cannot be quantised in groups: gate by the paper's ratio, if nothing was asked for."""
-        return self.replace(pruning_ratio=DEFAULT_PRUNING_RATIO, weights="keep") if self._by_default else self
+        return (
+            self.replace(pruning_ratio=DEFAULT_PRUNING_RATIO) if self._by_default and self.weights == "keep" else self
+        )
 
     def _check_bytes(self) -> None:
         """``bytes`` is a way to give the FFN ratio."""
         if self.bytes is None:
             return
-        if self.pruning_ratio is not None or self.ffn_ratio is not None:
+        same = self.pruning_ratio is None and _is_number(self.ffn_ratio) and self.ffn_ratio == 1 - self.bytes
+        if not same and (self.pruning_ratio is not None or self.ffn_ratio is not None):
             raise ValueError(
                 f"bytes={self.bytes} says what a token reads, pruning_ratio={self.pruning_ratio} and ffn_ratio="
                 f"{self.ffn_ratio} what it does not: give one of them"
@@ -230,7 +233,11 @@ class PopConfig:
         if self._by_default:  # nothing was said yet of what to read
             resolved = ("pruning_ratio", "ffn_ratio", "bytes", "selection")
             own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-            return PopConfig(**{**{name: v for name, v in own.items() if name not in resolved}, **changes})
+            changed = PopConfig(
+                **{**{name: v for name, v in own.items() if name not in (*resolved, "weights")}, **changes}
+            )
+            replaces = self.weights == "replace" and changed.selection == "tiers" and "weights" not in changes
+            return dataclasses.replace(changed, weights="replace") if replaces else changed
         shares = ("pruning_ratio", "ffn_ratio", "bytes")
         given = [name for name in shares if changes.get(name) is not None]
         if given or self.bytes is not None:  # which has set the FFN ratio

@@ -161,7 +161,7 @@ class TiersFFN:
             raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in parts]} are no FFNs of d_ff={d_ff}")
         bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
         if (
-            not tiers
+            not 0 < len(tiers) <= len(parts[0].precisions)
             or any(b not in parts[0].precisions for b in bits)
             or min(counts) < 0
             or not 0 < sum(counts) <= d_ff

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from popmm.kernels.build import operators as _library
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that they take
 _sizes: dict[int, int] = {}  # rows of each linear layer, by handle
 
 

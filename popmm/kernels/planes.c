@@ -28,7 +28,16 @@ void round_vector(const float *x, int64_t d, int64_t group, rounded *to) {
     for (int64_t g = 0; g < d / group; g++) {
         const float *own = x + g * group;
         float most = 0;
-        for (int64_t i = 0; i < group; i++) most = fabsf(own[i]) > most ? fabsf(own[i]) : most;
+        int finite = 1;
+        for (int64_t i = 0; i < group; i++) {
+            most = fabsf(own[i]) > most ? fabsf(own[i]) : most;
+            finite &= own[i] - own[i] == 0;
+        }
+        if (!finite) { /* no number: nor is what it is multiplied with */
+            memset(to->code + g * group, 0, group);
+            to->step[g] = to->total[g] = NAN;
+            continue;
+        }
         const float step = most / 127, inverse = most > 0 ? 127 / most : 0;
         int32_t sum = 0;
         for (int64_t i = 0; i < group; i++) {

@@ -34,7 +34,7 @@ class PlanesLinear(_Stays):
         self._handle = None if self._eager is None else self._eager.operator(self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._handle is not None:
+        if self._handle is not None and x.dtype in operators.DTYPES:
             return operators.planes_linear(x.contiguous(), [self._handle])
         flat = x.reshape(-1, x.shape[-1]).float()
         if torch.compiler.is_compiling():
@@ -49,7 +49,7 @@ class PlanesLinear(_Stays):
 def together(layers: Sequence[PlanesLinear], x: Tensor) -> list[Tensor] | None:
     """What several layers make of the same x, at one call; None where there is none for them."""
     handles = [layer._handle for layer in layers]
-    if None in handles:
+    if None in handles or x.dtype not in operators.DTYPES:
         return None
     y = operators.planes_linear(x.contiguous(), handles)
     return list(y.split([layer.n_rows for layer in layers], dim=-1))

@@ -122,7 +122,7 @@ class TiersLayout(ChannelsStay):
 
     def step(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> Tensor | None:
         """``decode`` by one native operator, in the dtype of x (of experts float32); None where there is none."""
-        if not self.by_operators or kernels.needs_gradient(x):
+        if not self.by_operators or x.dtype not in kernels.operators.DTYPES or kernels.needs_gradient(x):
             return None
         first = None if experts is None else experts * self.sizes.d_ff
         return _with(self.whole.step(x, first, wide=experts is not None), self.down_bias, experts)

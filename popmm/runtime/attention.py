@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,8 @@ def _forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: one token per sequence by our kernel, all else as before."""
-    if _serves(query, key, value, attention_mask) and kwargs.get("position_bias") is None and not dropout:
+    plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux")) and not dropout
+    if plain and _serves(query, key, value, attention_mask):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         return operators.attend(query, key, value, attention_mask, scale), None
     before = (attention_mask, dropout, scaling, is_causal)
@@ -37,18 +41,36 @@ def _forward(
 
 
 def _serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    alike = query.is_cpu and query.dtype in _DTYPES and key.dtype == value.dtype == query.dtype
+    heads, shared = query.shape[1], key.shape[1]
+    alike = query.is_cpu and query.shape[0] == key.shape[0] == value.shape[0] and heads % shared == 0
+    alike = alike and query.dtype in _DTYPES and key.dtype == value.dtype == query.dtype
     alike = alike and query.shape[2] == 1 and query.shape[0] <= SMALL_BATCH and key.stride(-1) == value.stride(-1) == 1
-    plain = mask is None or (mask.ndim == 4 and mask.shape[2] == 1 and mask.shape[3] == key.shape[2])
+    plain = mask is None or (
+        mask.ndim == 4
+        and mask.shape[0] in (1, query.shape[0])
+        and mask.shape[1] in (1, heads)
+        and mask.shape[2:] == (1, key.shape[2])
+        and (mask.dtype == torch.bool or mask.is_contiguous())
+    )
     return alike and plain and not kernels.needs_gradient(query, key, value)
 
 
 _before = register_attention(NAME, _forward, INSTEAD_OF)
 
 
+_ASKS = re.compile(r"_attn_implementation\s*(?:[=!]=|\b(?:not\s+)?in\b)")
+
+
+def _asks_for_names(decoder: nn.Module) -> bool:
+    """Whether a model's own code does something else by the name of its attention (sparse attention, Gemma 4)."""
+    modules = {type(module).__module__ for module in decoder.modules()}
+    sources = (Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in modules)
+    return any(file.suffix == ".py" and _ASKS.search(file.read_text(encoding="utf-8")) for file in sources)
+
+
 def attention_overrides(decoder: nn.Module) -> list[Override]:
     """What makes a decoder's steps attend by our kernel; nothing where it cannot be built or another way is set."""
     config = getattr(decoder, "config", None)
-    if attention_of(config) != INSTEAD_OF or not operators.available():
+    if attention_of(config) != INSTEAD_OF or not operators.available() or _asks_for_names(decoder):
         return []
     return [Override(config, ATTENTION, NAME)]

@@ -46,6 +46,7 @@ class FreedWeights:
 
         return refuse
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def free(self) -> None:
         for ffn in self._ffns:
@@ -57,6 +58,7 @@ class FreedWeights:
         for ffn in self._ffns:
             ffn.layout.replaced = True
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> None:
         """Reads the weights again from the files that the model came from. May be called again.

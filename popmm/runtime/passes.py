@@ -73,6 +73,10 @@ class GenerateWatch:
         self._form = form
         return self._steps
 
+    def ran_eagerly(self) -> None:
+        """The last step of a compiled call was not compiled after all."""
+        self._form = None
+
     def after_prompt(self, kind: str, reason: str, prunes: bool) -> None:
         """Called with each pass that is not of a prompt: the first of them decides."""
         if not self.judged:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ class Mates:
     def __init__(self) -> None:
         self._seen: Callable[[], Tensor | None] = lambda: None  # the last input
         self._first: RestLayer | None = None  # that it was given to
-        self.x: Tensor | None = None  # the input of a step whose answers are here
+        self.x: Tensor | None = None  # the input of a step whose answers are here, as it was
+        self.version = 0
         self.answers: dict[RestLayer, Tensor] = {}
 
     def saw(self, layer: RestLayer, x: Tensor) -> None:
@@ -100,7 +101,7 @@ class RestLayer:
     def _answer(self, x: Tensor, own: Tensor) -> Tensor:
         """By the layer that is called first with x, for those that will be called with it next."""
         mates = self.mates
-        if mates.x is x and self in mates.answers:
+        if mates.x is x and mates.version == _version(x) and self in mates.answers:
             y = mates.answers.pop(self)
             if not mates.answers:
                 mates.x = None
@@ -111,7 +112,7 @@ class RestLayer:
         found = kernels.together([layer._product for layer in layers], own)
         if found is None:
             return self._product(own)
-        mates.x, mates.answers = x, dict(zip(self.followers, found[1:]))
+        mates.x, mates.version, mates.answers = x, _version(x), dict(zip(self.followers, found[1:]))
         return found[0]
 
     def read(self) -> tuple[int, int]:
@@ -124,15 +125,27 @@ class RestLayer:
         self.planes = self._product = None
 
 
-def rest_layers(model: nn.Module, decoder: nn.Module, bits: int, phase: Phase) -> Iterator[RestLayer]:
-    """Plain linear layers of the decoder's mixers (attention), and the output layer, whose width can be grouped."""
+def _version(x: Tensor) -> int:
+    """Changes when x is written; compiled code writes no input of several layers."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def rest_layers(
+    model: nn.Module, decoder: nn.Module, bits: int, phase: Phase, ffns: Iterable[nn.Module]
+) -> Iterator[RestLayer]:
+    """Plain linear layers of the decoder's mixers (attention), and the output layer, whose width can be grouped.
+
+    Args:
+        ffns: modules whose layers are not among them.
+    """
+    inside = {id(part) for ffn in ffns for part in ffn.modules()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     mixers = [part for part in decoder.modules() if is_mixer(part)]
     found = {id(layer): (layer, mates) for mixer in mixers for mates in (Mates(),) for layer in mixer.modules()}
     if head is not None:
         found.setdefault(id(head), (head, Mates()))
     names = {id(module): name for name, module in model.named_modules()}
-    for module, mates in found.values():
+    for module, mates in (pair for key, pair in found.items() if key not in inside):
         # what is more than a linear layer (adapters, quantised ones) may compute something else
         if type(module) is not nn.Linear or "forward" in module.__dict__:
             continue

@@ -76,7 +76,7 @@ class Runner:
             if torch.is_grad_enabled():
                 forward = self.partitions.refusing_backward(forward)
             if self.stateless:
-                if shape[1] > 1 or self.around.begins:
+                if shape[1] > 1 or self.around.begins or self.partitions.active is None:
                     return self._unmeasured(forward, args, kwargs, shape)
                 return self._decode(forward, args, kwargs, shape, cache)
             if known is not None and self.sequences.crop(cache, known) and known is self.partitions.active:
@@ -111,6 +111,8 @@ class Runner:
     def runs_compiled(self, cache: Cache | None) -> bool:
         """Whether a compiled decode step on this cache would do: its own partition is laid out, and no refresh due."""
         active = self.partitions.active
+        if self.stateless:
+            return active is not None
         return active is not None and self.sequences.on(cache) is active and not self._is_due(active)
 
     def ran_compiled(self) -> None:
@@ -190,6 +192,8 @@ class Runner:
     def _unmeasured(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int]):
         """A prompt, of which nothing is to be known."""
         self.partitions.check_weights()
+        if self.partitions.active is None:  # it could not be made anew
+            self.begin()
         phase, active = self.phase, self.partitions.active
         phase.decoding, phase.step, phase.shape = False, False, shape
         try:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from popmm.adapters.vlm import Surroundings
-from popmm.compat import CACHE_LENGTH, internal
+from popmm.compat import CACHE_LENGTH, COMPILED, internal
 from popmm.runtime.attachment import Attachment
 from popmm.runtime.attention import attention_overrides
 from popmm.runtime.caches import StaticCaches
@@ -84,7 +84,7 @@ def wire(
         switches_experts,
         overrides,
         hooks,
-        kept=[Kept(model, CACHE_LENGTH)],
+        kept=[Kept(model, name) for name in (CACHE_LENGTH, *COMPILED)],
         holds=list(_held(ffns)),
         writes=any(ffn.layout.name == "permute" and not ffn.sizes.is_dense for ffn in ffns),
         after_install=[*notes, runner.begin],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from popmm.compat import (
     compile_on_cpu,
     find_cache,
     generate_settings,
+    is_alone,
+    is_default_stance,
     is_exporting,
     stays_compiled,
 )
@@ -31,13 +34,33 @@ from popmm.runtime.runner import Runner
 WARM = 2  # steps of one form in a generate, from which on nothing is compiled any more
 
 
+_one_holds = threading.Lock()
+
+
+class _Guards(contextlib.AbstractContextManager):
+    """Inside, guards are not compared, if nobody else in the process could run compiled code by that."""
+
+    def __enter__(self) -> None:
+        self._held = None
+        if is_default_stance() and is_alone() and _one_holds.acquire(blocking=False):
+            self._held = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+            self._held.__enter__()
+
+    def __exit__(self, *raised) -> None:
+        if self._held is not None:
+            try:
+                self._held.__exit__(*raised)
+            finally:
+                _one_holds.release()
+
+
 def _held(steps: int) -> contextlib.AbstractContextManager:
     """What a compiled step runs in, after so many steps of the same ``generate`` on the same cache and partition.
 
     What was compiled for those holds for this one, and to compare hundreds of modules with what was compiled for takes
     a fifth of a small model's step.
     """
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if steps >= WARM else contextlib.nullcontext()
+    return _Guards() if steps >= WARM else contextlib.nullcontext()
 
 
 def _is_compiled_step(runner: Runner, arguments: dict[str, Any]) -> bool:
@@ -156,6 +179,8 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
                 form = ids.shape, id(cache), id(runner.partitions.active)
             with _held(0 if watch is None else watch.steps_like(form)):
                 output = step(*args, **kwargs)
+            if watch is not None and runner.passes.total != before:
+                watch.ran_eagerly()
             if is_step and runner.passes.total == before:
                 runner.ran_compiled()
             return output

@@ -1,5 +1,7 @@
 """Tiers on whole models: against loops over decoded rows, with every way to run a step."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -172,3 +174,27 @@ def test_the_default_serves_models_that_no_group_divides():
     model = tiny.dense("llama", hidden_size=40, num_attention_heads=4, head_dim=8)
     with popmm.pruned(model) as state:
         assert state.config.selection == "gate" and state.config.pruning_ratio == 0.4
+
+
+def test_the_default_can_be_taken_apart_and_put_together():
+    default = popmm.PopConfig()
+    assert popmm.PopConfig(**dataclasses.asdict(default)) == default
+    assert dataclasses.replace(default, skip_layers=(1,)) == default.replace(skip_layers=(1,))
+    replacing = popmm.PopConfig(weights="replace")
+    assert replacing.replace(selection="gate").weights == "keep"
+    assert replacing.replace(bytes=0.25).weights == "replace" and replacing.replace(bytes=0.25).bytes == 0.25
+
+
+def test_what_is_no_number_stays_none():
+    model = tiny.dense("llama")
+    with popmm.pruned(model, bytes=0.3, rest_bits=8), torch.no_grad():
+        cache = model(tiny.prompt(9)).past_key_values
+        model.model.embed_tokens.weight.data[5] = torch.nan
+        assert model(torch.tensor([[5]]), past_key_values=cache).logits.isnan().all()
+
+
+def test_double_precision_is_served(llama):
+    model = llama.double()
+    with popmm.pruned(model, bytes=0.3, rest_bits=8) as state:
+        model.generate(tiny.prompt(9), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert state.passes["decode"] == 3

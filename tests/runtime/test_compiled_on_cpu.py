@@ -1,5 +1,7 @@
 """Decode steps over a static cache are compiled on the CPU too, where an FFN is one operator."""
 
+import threading
+
 import pytest
 import tiny
 import torch
@@ -65,3 +67,50 @@ def test_sliding_windows_keep_their_guards():
     model = MODELS["gpt-oss"].build()
     assert not stays_compiled(StaticCache(config=model.config, max_cache_len=64))
     assert stays_compiled(StaticCache(config=MODELS["llama"].build().config, max_cache_len=64))
+
+
+def test_guards_are_held_by_one_and_by_nobody_else():
+    stance = lambda: torch._dynamo.eval_frame._stance  # noqa: E731
+    before = stance()
+    with wrappers._held(wrappers.WARM):
+        assert stance().skip_guard_eval_unsafe
+        with wrappers._held(wrappers.WARM):
+            assert stance().skip_guard_eval_unsafe
+    assert stance() == before
+    with wrappers._held(wrappers.WARM - 1):
+        assert stance() == before
+    with torch.compiler.set_stance("force_eager"), wrappers._held(wrappers.WARM):
+        assert stance().stance == "force_eager" and not stance().skip_guard_eval_unsafe
+    done, other = threading.Event(), threading.Thread(target=lambda: done.wait(10))
+    other.start()
+    try:
+        with wrappers._held(wrappers.WARM):
+            assert stance() == before
+    finally:
+        done.set()
+        other.join()
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_steps_that_ran_eagerly_hold_no_guards(any_size):
+    """Past the compiler's limit of compilations a step runs eagerly, and the next is compared again."""
+    for seed in (1, 2):
+        model = MODELS["llama"].build()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.05)
+        inputs = {"input_ids": tiny.prompt(9)}
+        with popmm.pruned(model, **SETTINGS):
+            expected = generate(model, inputs, new=8)[1]
+            found = generate(model, inputs, new=8, cache_implementation="static")[1]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_choice_without_a_prompt_is_compiled_too(any_size):
+    model = MODELS["llama"].build()
+    with popmm.pruned(model, statistics="weights", **SETTINGS):
+        eager = generate(model, {"input_ids": tiny.prompt(9)}, new=6)[0]
+        before = graphs()
+        found = generate(model, {"input_ids": tiny.prompt(9)}, new=6, cache_implementation="static")[0]
+        assert torch.equal(found, eager) and graphs() == before + 1
+    assert "_compiled_call" not in model.__dict__

@@ -76,3 +76,16 @@ def test_weights_that_are_no_numbers_are_refused(llama):
     with pytest.raises(ValueError, match="lm_head holds weights that are no finite numbers"):
         popmm.attach(llama, ffn_ratio=0.0, rest_bits=8)
     assert "forward" not in llama.model.__dict__
+
+
+def test_models_that_ask_for_the_name_of_their_attention_keep_it():
+    """Sparse attention (DeepSeek V3.2) is on by the name of the attention."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "DeepseekV32Config"):
+        pytest.skip("no such model")
+    from popmm.runtime.attention import attention_overrides
+
+    assert attention_overrides(MODELS["llama"].build().model)
+    with torch.device("meta"):
+        model = transformers.DeepseekV32Model(transformers.DeepseekV32Config(num_hidden_layers=1))
+    assert not attention_overrides(model)
