@@ -8,6 +8,7 @@ so never turns into a model that is silently dense.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -225,12 +226,15 @@ def is_default_stance() -> bool:
 
 def is_alone() -> bool:
     """Whether no other thread of the process could be running a model; the compiler's own workers run none."""
-    own = threading.current_thread()
-    others = [t for t in threading.enumerate() if t is not own and not t.daemon]
-    return all(t.name.startswith(_WORKERS) for t in others)
+    known = {threading.current_thread(), *_compilers_workers()}
+    return all(t in known or t.daemon for t in threading.enumerate())
 
 
-_WORKERS = ("InductorSubproc", "SubprocPool", "Thread-autotune")
+def _compilers_workers() -> set[threading.Thread]:
+    """Threads in which the compiler has kernels built."""
+    pool = getattr(getattr(sys.modules.get("torch._inductor.async_compile"), "AsyncCompile", None), "pool", None)
+    made = pool is not None and getattr(pool, "cache_info", None) is not None and pool.cache_info().currsize
+    return set(getattr(pool(), "_threads", ())) if made else set()
 
 
 def compile_on_cpu(generation_config) -> None:

@@ -70,6 +70,7 @@ def test_sliding_windows_keep_their_guards():
 
 
 def test_guards_are_held_by_one_and_by_nobody_else():
+    torch.compile(lambda x: (x + 1).sin())(torch.ones(3))  # whose workers are nobody else
     stance = lambda: torch._dynamo.eval_frame._stance  # noqa: E731
     before = stance()
     with wrappers._held(wrappers.WARM):
