@@ -190,9 +190,8 @@ class PopConfig:
 
     def without_default(self) -> PopConfig:
         """For weights that cannot be quantised in groups: gate by the paper's ratio, if nothing was asked for."""
-        return (
-            self.replace(pruning_ratio=DEFAULT_PRUNING_RATIO) if self._by_default and self.weights == "keep" else self
-        )
+        gives_way = self._by_default and self.weights == "keep"
+        return self.replace(pruning_ratio=DEFAULT_PRUNING_RATIO) if gives_way else self
 
     def _check_bytes(self) -> None:
         """``bytes`` is a way to give the FFN ratio."""
@@ -231,11 +230,9 @@ class PopConfig:
     def replace(self, **changes) -> PopConfig:
         """A copy with the given fields changed. Giving one of the ratios or ``bytes`` drops the others."""
         if self._by_default:  # nothing was said yet of what to read
-            resolved = ("pruning_ratio", "ffn_ratio", "bytes", "selection")
-            own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-            changed = PopConfig(
-                **{**{name: v for name, v in own.items() if name not in (*resolved, "weights")}, **changes}
-            )
+            resolved = ("pruning_ratio", "ffn_ratio", "bytes", "selection", "weights")
+            kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in resolved}
+            changed = PopConfig(**{**kept, **changes})
             replaces = self.weights == "replace" and changed.selection == "tiers" and "weights" not in changes
             return dataclasses.replace(changed, weights="replace") if replaces else changed
         shares = ("pruning_ratio", "ffn_ratio", "bytes")

@@ -1,5 +1,6 @@
 /* Attention of one query per head over a key-value cache, read where it lies; keys that the mask leaves out are not read. */
 #include "common.h"
+#include "operators.h"
 
 #include <math.h>
 

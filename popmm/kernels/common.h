@@ -19,3 +19,22 @@ static inline int64_t first_outside(const int64_t *index, int64_t n, int64_t end
         if ((uint64_t)index[i] >= (uint64_t)end) return i;
     return -1;
 }
+
+/* the k-th highest of the n numbers in v, whose order changes; k counts from 0 */
+static inline uint32_t kth_highest(uint32_t *v, int64_t n, int64_t k) {
+    int64_t low = 0, high = n - 1;
+    while (low < high) { /* Hoare's selection */
+        const uint32_t pivot = v[low + (high - low) / 2];
+        int64_t i = low - 1, j = high + 1;
+        for (;;) {
+            do i++; while (v[i] > pivot);
+            do j--; while (v[j] < pivot);
+            if (i >= j) break;
+            const uint32_t swap = v[i];
+            v[i] = v[j], v[j] = swap;
+        }
+        if (k <= j) high = j;
+        else low = j + 1;
+    }
+    return v[k];
+}

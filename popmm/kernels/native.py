@@ -110,7 +110,7 @@ class PlanesLinear:
         if bias is not None:
             bias = _floats(bias, "bias", (self.n_rows,))
         self._bias = bias  # whose address follows
-        own = operators.addresses(self._held), self.n_rows, self.d, self.group, self.bits
+        own = _addresses(self._held), self.n_rows, self.d, self.group, self.bits
         return operators.linear(self, [*own, None if bias is None else _p(bias)], self.n_rows)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class TiersFFN:
         vectors += [None if bias is None else _floats(bias.flatten(), "bias", (n_rows,)) for bias in biases]
         self._held = (parts, vectors)  # whose addresses follow
         self.read, self.last = sum(counts), n_rows - d_ff
-        self._before = [(ctypes.c_void_p * 4)(*map(_p, rows)) for rows in parts]
+        self._before = [_addresses(rows) for rows in parts]
         self._before += [n_rows, self.d, group, d_ff, *(None if t is None else _p(t) for t in vectors)]
         self._before += [ACTIVATIONS.index(activation), len(tiers)]
         self._before += [(ctypes.c_int64 * len(tiers))(*own) for own in (bits, counts)]
@@ -273,6 +273,10 @@ def _plain(t: Tensor, name: str) -> Tensor:
 
 def _kind(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device}, strides {t.stride()}"
+
+
+def _addresses(rows: Planes) -> ctypes.Array:
+    return (ctypes.c_void_p * len(rows))(*map(_p, rows))
 
 
 def _p(t: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import weakref
 from collections.abc import Sequence
 
@@ -15,11 +15,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that they take
 _sizes: dict[int, int] = {}  # rows of each linear layer, by handle
 
 
+@functools.cache
 def available() -> bool:
-    """Whether the operators could be built."""
+    """Whether the operators could be built; tells the compiler what shapes come out."""
     if _library() is None:
         return False
-    _describe()
+    fakes = {
+        "planes_linear": lambda x, handles: x.new_empty(*x.shape[:-1], sum(_sizes[int(handle)] for handle in handles)),
+        "attend": lambda q, k, v, mask, scale: q.new_empty(q.shape[0], 1, q.shape[1], v.shape[-1]),
+        "tiers_ffn": lambda x, first, wide, handle: x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype),
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"popmm_native::{name}", fake)
     return True
 
 
@@ -60,29 +67,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         ``[batch, 1, heads, d]`` in the dtype of q.
     """
     return torch.ops.popmm_native.attend(q.contiguous(), k, v, mask, scale)
-
-
-_described = False
-
-
-def _describe() -> None:
-    """Tells the compiler what shapes come out."""
-    global _described
-    if not _described:
-        _described = True
-        torch.library.register_fake(
-            "popmm_native::planes_linear",
-            lambda x, handles: x.new_empty(*x.shape[:-1], sum(_sizes[int(handle)] for handle in handles)),
-        )
-        torch.library.register_fake(
-            "popmm_native::attend",
-            lambda q, k, v, mask, scale: q.new_empty(q.shape[0], 1, q.shape[1], v.shape[-1]),
-        )
-        torch.library.register_fake(
-            "popmm_native::tiers_ffn",
-            lambda x, first, wide, handle: x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype),
-        )
-
-
-def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))

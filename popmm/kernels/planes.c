@@ -4,6 +4,7 @@
  * rows take their factors in 8 bits per group and TILE rows, twice over (15 bits) for rows of more than their base's bits.
  * Integers are added exactly, floats in an order that does not depend on the number of threads.
  */
+#include "operators.h"
 #include "planes.h"
 
 #include <omp.h>
@@ -104,28 +105,24 @@ static inline __attribute__((always_inline)) void tiles_of(int bits, const plane
 #endif
 
 void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, float *out,
-              part whose) {
-    const int64_t share = ((k + whose.all - 1) / whose.all + 3) / 4 * 4;
-    const int64_t from = whose.me * share, to = from + share < k ? from + share : k;
+              range own) {
 #ifdef VECTORS
     if (p->group == 64) {
-        BY_BITS(dots_of, p, first, index, from, to, k, x, out)
+        BY_BITS(dots_of, p, first, index, own.from, own.to, k, x, out)
         return;
     }
 #endif
-    for (int64_t j = from; j < to; j++) out[j] = dot_plain(p, first + (index ? index[j] : j), bits, x);
+    for (int64_t j = own.from; j < own.to; j++) out[j] = dot_plain(p, first + (index ? index[j] : j), bits, x);
 }
 
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, part whose) {
-    const int64_t groups = p->d / p->group, share = (groups + whose.all - 1) / whose.all;
-    const int64_t from = whose.me * share, to = from + share < groups ? from + share : groups;
+void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, range own) {
 #ifdef VECTORS
     if (p->group == 64) {
-        BY_BITS(tiles_of, p, first, index, h, k, from, to, y)
+        BY_BITS(tiles_of, p, first, index, h, k, own.from, own.to, y)
         return;
     }
 #endif
-    add_plain(p, bits, first, index, h, k, from, to, y);
+    add_plain(p, bits, first, index, h, k, own.from, own.to, y);
 }
 
 static inline uint16_t to_bfloat16(float f) { /* finite, to nearest even */
@@ -156,6 +153,8 @@ static inline __attribute__((always_inline)) void decode_of(int bits, const plan
 
 /* ---- what Python calls ---- */
 
+static inline part me(void) { return (part){omp_get_thread_num(), omp_get_num_threads()}; }
+
 /* out[n, k] = rows[index[n, k]] . x[n]; index NULL: the first k rows */
 int64_t planes_dot(const uint8_t *base, const uint8_t *fine, const uint8_t *finest, const uint16_t *scale, int64_t n_rows,
                    int64_t d, int64_t group, int bits, const int64_t *index, int64_t n, int64_t k, const float *x, float *out,
@@ -168,20 +167,11 @@ int64_t planes_dot(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     for (int64_t t = 0; t < n; t++) {
         round_vector(x + t * d, d, group, &own);
 #pragma omp parallel num_threads(threads)
-        rows_dot(&p, bits, 0, index ? index + t * k : NULL, k, &own, out + t * k,
-                 (part){omp_get_thread_num(), omp_get_num_threads()});
+        rows_dot(&p, bits, 0, index ? index + t * k : NULL, k, &own, out + t * k, share(k, 4, me()));
     }
     free(own.code);
     return -1;
 }
-
-/* A linear layer whose rows lie in planes: operators.cpp has the same. */
-typedef struct {
-    const void *planes[4];
-    int64_t n_rows, d, group;
-    int bits;
-    const float *bias; /* or NULL */
-} layer;
 
 /* out[n, rows of all layers] of x[n, d]: layers of one d and group, at one call */
 int64_t layers_dot(const layer *layers, int64_t n_layers, int64_t n, const float *x, float *out, int threads) {
@@ -193,10 +183,9 @@ int64_t layers_dot(const layer *layers, int64_t n_layers, int64_t n, const float
 #pragma omp parallel num_threads(threads)
         {
             float *to = out;
-            const part whose = {omp_get_thread_num(), omp_get_num_threads()};
             for (const layer *l = layers; l < layers + n_layers; to += l++->n_rows) {
                 const planes p = {l->planes[0], l->planes[1], l->planes[2], l->planes[3], l->n_rows, d, group};
-                rows_dot(&p, l->bits, 0, NULL, l->n_rows, &own, to, whose);
+                rows_dot(&p, l->bits, 0, NULL, l->n_rows, &own, to, share(l->n_rows, 4, me()));
             }
         }
         for (const layer *l = layers; l < layers + n_layers; out += l++->n_rows)
@@ -216,7 +205,7 @@ int64_t planes_add(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     memset(out, 0, n * d * sizeof(float));
     for (int64_t t = 0; t < n && k; t++) {
 #pragma omp parallel num_threads(threads)
-        rows_add(&p, bits, 0, index + t * k, h + t * k, k, out + t * d, (part){omp_get_thread_num(), omp_get_num_threads()});
+        rows_add(&p, bits, 0, index + t * k, h + t * k, k, out + t * d, share(d / group, 1, me()));
     }
     return -1;
 }
@@ -227,8 +216,7 @@ void planes_decode(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     const planes p = {base, fine, finest, scale, n_rows, d, group};
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t share = (n_rows + omp_get_num_threads() - 1) / omp_get_num_threads();
-        const int64_t from = omp_get_thread_num() * share, to = from + share < n_rows ? from + share : n_rows;
-        BY_BITS(decode_of, &p, from, to, narrow, out)
+        const range own = share(n_rows, 1, me());
+        BY_BITS(decode_of, &p, own.from, own.to, narrow, out)
     }
 }

@@ -46,17 +46,26 @@ typedef struct {
 int new_rounded(int64_t d, int64_t group, rounded *x);
 void round_vector(const float *x, int64_t d, int64_t group, rounded *to);
 
-/* Of one thread of a team: its share of the work, by its number. */
+/* one thread of a team, by its number */
 typedef struct {
     int64_t me, all;
 } part;
 
-/* out[j] = row[index[j]] . x for this thread's j; index NULL: rows first, first + 1, ... */
-void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, float *out,
-              part whose);
+typedef struct {
+    int64_t from, to;
+} range;
 
-/* y[d] += sum over j of h[j] * row[index[j]] for this thread's columns; `work`: add_memory floats of its own */
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, part whose);
+/* a thread's own of n things, in whole steps */
+static inline range share(int64_t n, int64_t step, part whose) {
+    const int64_t each = ((n + whose.all - 1) / whose.all + step - 1) / step * step, from = whose.me * each;
+    return (range){from < n ? from : n, from + each < n ? from + each : n};
+}
+
+/* out[j] = row[index[j]] . x for the j of a range of k; index NULL: rows first, first + 1, ... */
+void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, float *out, range own);
+
+/* y[d] += sum over k of h[j] * row[index[j]] for a range of the groups of columns */
+void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, range own);
 
 #define AHEAD 8 /* rows whose lines are fetched meanwhile */
 #define OUT_OF_MEMORY INT64_MAX

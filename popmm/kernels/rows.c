@@ -287,23 +287,7 @@ void choose(const float *score, int64_t n, int64_t u, int64_t k, uint32_t *work,
         int64_t inside = 0;
         for (int64_t i = 0; i < u; i++)
             if (key(own[i]) >> 20 == (uint64_t)bucket) work[inside++] = key(own[i]);
-        int64_t low = 0, high = inside - 1;
-        const int64_t wanted = k - above - 1;
-        while (low < high) { /* Hoare's selection */
-            const uint32_t pivot = work[low + (high - low) / 2];
-            int64_t i = low - 1, j = high + 1;
-            for (;;) {
-                do i++; while (work[i] > pivot);
-                do j--; while (work[j] < pivot);
-                if (i >= j) break;
-                const uint32_t swap = work[i];
-                work[i] = work[j];
-                work[j] = swap;
-            }
-            if (wanted <= j) high = j;
-            else low = j + 1;
-        }
-        const uint32_t least = work[wanted];
+        const uint32_t least = kth_highest(work, inside, k - above - 1);
         int64_t ties = k, taken = 0, *out = index + t * k;
         for (int64_t i = 0; i < u; i++) ties -= key(own[i]) > least;
         for (int64_t i = 0; i < u && taken < k; i++) {

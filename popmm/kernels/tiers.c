@@ -1,4 +1,5 @@
 /* A whole FFN in tiers: the gate's first plane, the choice of channels, and their up rows and down columns. */
+#include "operators.h"
 #include "planes.h"
 
 #include <omp.h>
@@ -46,25 +47,6 @@ typedef struct {
 
 #define MOST_TIERS 3
 #define BUCKETS 2048 /* of the highest 12 bits of a score's number, whose sign is not set */
-
-/* the k-th highest of the n numbers in v, whose order changes; k counts from 0 */
-static uint32_t kth_highest(uint32_t *v, int64_t n, int64_t k) {
-    int64_t low = 0, high = n - 1;
-    while (low < high) { /* Hoare's selection */
-        const uint32_t pivot = v[low + (high - low) / 2];
-        int64_t i = low - 1, j = high + 1;
-        for (;;) {
-            do i++; while (v[i] > pivot);
-            do j--; while (v[j] < pivot);
-            if (i >= j) break;
-            const uint32_t swap = v[i];
-            v[i] = v[j], v[j] = swap;
-        }
-        if (k <= j) high = j;
-        else low = j + 1;
-    }
-    return v[k];
-}
 
 /* to[i] = the numbers of `key` in a bucket, how many there are */
 static int64_t members(const uint32_t *key, int64_t n, uint32_t bucket, uint32_t *to) {
@@ -184,11 +166,10 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
 #pragma omp parallel num_threads(threads)
         {
             const part whose = {omp_get_thread_num(), omp_get_num_threads()};
-            const int64_t share = (d_ff + whose.all - 1) / whose.all / 4 * 4 + 4; /* as rows_dot shares */
-            const int64_t low = whose.me * share < d_ff ? whose.me * share : d_ff;
-            const int64_t high = low + share < d_ff ? low + share : d_ff;
+            const range own_rows = share(d_ff, 4, whose);
+            const int64_t low = own_rows.from, high = own_rows.to;
             if (chooses || bits[0] == base) {
-                rows_dot(&g, base, from + low, NULL, high - low, &own, values + low, (part){0, 1});
+                rows_dot(&g, base, from, NULL, d_ff, &own, values, own_rows);
                 if (gate_bias)
                     for (int64_t i = low; i < high; i++) values[i] += gate_bias[from + i];
                 activate(values, low, high, activation);
@@ -203,24 +184,20 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
 #pragma omp single
             assign(key, d_ff, of, index, work);
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++]) {
-                const int64_t n_own = (count[i] + whose.all - 1) / whose.all / 4 * 4 + 4;
-                const int64_t first_own = whose.me * n_own < count[i] ? at + whose.me * n_own : at + count[i];
-                const int64_t end = first_own + n_own < at + count[i] ? first_own + n_own : at + count[i];
-                const int64_t *tier = index + first_own;
-                if (first_own == end) continue;
-                rows_dot(&u, (int)bits[i], from, tier, end - first_own, &own, h + first_own, (part){0, 1});
+                const range ours = share(count[i], 4, whose);
+                rows_dot(&u, (int)bits[i], from, index + at, count[i], &own, h + at, ours);
                 if (bits[i] > base) {
-                    rows_dot(&g, (int)bits[i], from, tier, end - first_own, &own, gates + first_own, (part){0, 1});
+                    rows_dot(&g, (int)bits[i], from, index + at, count[i], &own, gates + at, ours);
                     if (gate_bias)
-                        for (int64_t j = first_own; j < end; j++) gates[j] += gate_bias[from + index[j]];
-                    activate(gates, first_own, end, activation);
+                        for (int64_t j = at + ours.from; j < at + ours.to; j++) gates[j] += gate_bias[from + index[j]];
+                    activate(gates, at + ours.from, at + ours.to, activation);
                 }
-                for (int64_t j = first_own; j < end; j++)
+                for (int64_t j = at + ours.from; j < at + ours.to; j++)
                     h[j] = (bits[i] == base ? values[index[j]] : gates[j]) * (h[j] + (up_bias ? up_bias[from + index[j]] : 0));
             }
 #pragma omp barrier
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
-                if (count[i]) rows_add(&w, (int)bits[i], from, index + at, h + at, count[i], y + t * d, whose);
+                if (count[i]) rows_add(&w, (int)bits[i], from, index + at, h + at, count[i], y + t * d, share(d / group, 1, whose));
         }
     }
     free(own.code), free(values);

@@ -81,7 +81,7 @@ class RestLayer:
         phase = self.phase
         n_tokens = x.numel() // x.shape[-1]
         if not phase.step or phase.released or (n_tokens > SMALL_BATCH and not phase.simulating):
-            if phase.prompt is not None or not phase.step:
+            if not phase.step:
                 self.mates.saw(self, x)
             return self.dense_forward(x)
         dtype = output_dtype(self.module.weight)
