@@ -190,7 +190,7 @@ def _samples(down: nn.Module) -> tuple[Tensor, Tensor, float]:
     plain = dict(dtype=torch.float32, device="cpu")
     scale = torch.tensor(SCALES, **plain)[:, None]
     gate, up = ((torch.randn(shape, generator=generator, **plain) * scale).to(device) for _ in range(2))
-    return gate, up, TOLERANCE.get(dtype, 1e-4)
+    return gate, up, max(TOLERANCE.get(dtype, 1e-4), TOLERANCE[gate.dtype])
 
 
 def _try(run: Callable, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:

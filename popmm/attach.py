@@ -26,6 +26,7 @@ from popmm.layouts.traffic import LEAST_GROUP, SizesRule, sizes_for, with_bits
 from popmm.method.budget import MAX_FFN_RATIO, region_sizes
 from popmm.runtime.attachment import MARKER, Attachment
 from popmm.runtime.dense import PrunedFFN
+from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts import PrunedExperts
 from popmm.runtime.freed import FreedWeights
 from popmm.runtime.partitions import Partitions
@@ -185,15 +186,17 @@ def _plan(
         ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
     tower = _pruned_tower(model, config)
     phase = Phase()
+    phase.lossless = config.lossless
     rest: list[RestLayer] = []
     modules = [site.module for site in sites]
     if config.rest_bits < 16:
         rest = list(rest_layers(model, description.decoder, config.rest_bits, phase, modules))
     runner = Runner(phase, Partitions(ffns, rest, phase), config.refresh_every, config.statistics == "weights")
+    drafts = Drafts(runner, config.draft_tokens) if config.lossless else None
     freed = FreedWeights(model, ffns, shared) if config.weights == "replace" else None
     state = PartitionState(given, ratio, ffns, left_dense, rest, runner, tower, description.left_out, freed)
     experts = [site.module for site in left_dense if site.is_experts]
-    return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts, rest, freed)
+    return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts, rest, freed, drafts)
 
 
 def _is_left_alone(site: FFNSite, config: PopConfig) -> bool:

@@ -11,6 +11,8 @@ from typing import Literal
 
 DEFAULT_PRUNING_RATIO = 0.4  # of the paper's own selections, and of gate
 DEFAULT_BYTES = 0.33  # of tiers: the fewest at which they lose little (docs/quality.md)
+DRAFT_BYTES, DRAFT_REST_BITS = 0.25, 8  # of drafts, 19 of 20 of which the model accepts
+PLAIN_BITS = 16
 PLANE_BITS = (8, 7, 6, 5, 4, 3)  # in which nested planes can be read
 
 _CHOICES = {
@@ -75,13 +77,18 @@ class PopConfig:
         weight_bits: with ``selection="tiers"``: all channels in so many bits (8 to 3), whatever ratio above 0: plain
             quantisation, which chooses nothing. None = tiers, in which the best channels are read in 8 bits.
         rest_bits: bits in which decode steps of up to 8 tokens read the other linear layers, attention's projections
-            and the output layer: 16 as they are, or a copy in 8 to 3.
+            and the output layer: 16 as they are, or a copy in 8 to 3. None = 16, of drafts (``lossless``) 8.
         statistics: what channels are ranked by: ``"prompt"`` by what its prompt made of them (paper); ``"weights"`` by
             the norms of their weights alone, which needs no prompt: every pass of one token per sequence is pruned,
             whatever cache it brings.
         weights: with ``selection="tiers"``: ``"keep"`` leaves the model's own FFN weights beside the planes, for the
             prompt pass; ``"replace"`` frees them, and the prompt is read in the planes' most bits. ``detach`` then
             reads them again from the model's files.
+        lossless: decode steps are drafts of some tokens, which one dense pass checks: the text of ``model.generate``
+            is the dense model's own, up to the rounding of a pass of several tokens, greedy or sampled with the same
+            seed. For one sequence at a time; all else decodes by all weights. The default is then ``bytes=0.25``.
+        draft_tokens: with ``lossless``: tokens to draft in a row, 1 to 16; None = as many as pay, which may be none, by
+            how many were accepted and by what passes cost on this machine.
         refresh_every: after so many decode steps one is dense: its token joins the statistics, and the
             partition is made anew. 0 = never (paper).
     """
@@ -103,9 +110,11 @@ class PopConfig:
     refresh_every: int = 0
     bytes: float | None = None
     weight_bits: int | None = None
-    rest_bits: int = 16
+    rest_bits: int | None = None
     statistics: Literal["prompt", "weights"] = "prompt"
     weights: Literal["keep", "replace"] = "keep"
+    lossless: bool = False
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.pruning_ratio is not None and self.ffn_ratio is not None:
@@ -115,7 +124,10 @@ class PopConfig:
         by_default = self._takes_default()
         object.__setattr__(self, "_by_default", by_default)
         if by_default and self.bytes is None:
-            object.__setattr__(self, "bytes", DEFAULT_BYTES)
+            object.__setattr__(self, "bytes", DRAFT_BYTES if self.lossless else DEFAULT_BYTES)
+        object.__setattr__(self, "_rest_by_default", self.rest_bits is None)
+        if self.rest_bits is None:
+            object.__setattr__(self, "rest_bits", DRAFT_REST_BITS if self.lossless else PLAIN_BITS)
         self._check_bytes()
         if self.pruning_ratio is None and self.ffn_ratio is None:
             object.__setattr__(self, "pruning_ratio", DEFAULT_PRUNING_RATIO)
@@ -157,13 +169,15 @@ class PopConfig:
         if not (named or callable(self.importance)):
             known = ", ".join(map(repr, _IMPORTANCES))
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
-        if self.rest_bits not in (16, *PLANE_BITS) or isinstance(self.rest_bits, bool):
+        if self.rest_bits not in (PLAIN_BITS, *PLANE_BITS) or isinstance(self.rest_bits, bool):
             raise ValueError(f"rest_bits={self.rest_bits!r}: give 16 (as they are), 8, 7, 6, 5, 4 or 3")
         every = self.refresh_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 0:
             raise ValueError(f"refresh_every={every!r}: give a number of decode steps, or 0 for never")
         if self.statistics == "weights":
-            self._check_stateless()
+            needed = {"refresh_every": 0, "modality_balance": None, "fill": "zero", "prefill": "dense"}
+            self._check_plain(needed, "is about a prompt's statistics, and statistics='weights' takes none")
+        self._check_lossless()
         if self.weights == "replace" and self.selection != "tiers":
             raise ValueError(
                 f"weights='replace' keeps the FFNs in the planes of selection='tiers', and this is {self.selection!r}: "
@@ -171,15 +185,25 @@ class PopConfig:
             )
         object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))
 
-    def _check_stateless(self) -> None:
-        """Settings about a prompt's statistics do not go without them."""
-        needed = {"refresh_every": 0, "modality_balance": None, "fill": "zero", "prefill": "dense"}
-        for name, default in needed.items():
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is about a prompt's statistics, and statistics='weights' takes "
-                    "none: leave one of them out"
-                )
+    def _check_plain(self, needed: dict, why: str) -> None:
+        """Settings that do not go with another."""
+        for name, plain in needed.items():
+            if getattr(self, name) != plain:
+                raise ValueError(f"{name}={getattr(self, name)!r} {why}: leave one of them out")
+
+    def _check_lossless(self) -> None:
+        """The text is to be the dense model's own, so it must be there, and read the prompt."""
+        if not isinstance(self.lossless, bool):
+            raise ValueError(f"lossless={self.lossless!r}: give True or False")
+        g = self.draft_tokens
+        if g is not None:
+            if not isinstance(g, int) or isinstance(g, bool) or not 1 <= g <= 16:
+                raise ValueError(f"draft_tokens={g!r}: give a number of tokens from 1 to 16, or None to have it chosen")
+            if not self.lossless:
+                raise ValueError(f"draft_tokens={g} belongs to lossless=True: leave it out")
+        if self.lossless:
+            needed = {"weights": "keep", "prefill": "dense", "vision": "dense", "refresh_every": 0}
+            self._check_plain(needed, "changes what the whole model says, by which lossless=True decides")
 
     def _takes_default(self) -> bool:
         """Whether nothing was said of what to read: then tiers do, at their default share of the bytes."""
@@ -229,6 +253,8 @@ class PopConfig:
 
     def replace(self, **changes) -> PopConfig:
         """A copy with the given fields changed. Giving one of the ratios or ``bytes`` drops the others."""
+        if self._rest_by_default and "rest_bits" not in changes:
+            changes["rest_bits"] = None
         if self._by_default:  # nothing was said yet of what to read
             resolved = ("pruning_ratio", "ffn_ratio", "bytes", "selection", "weights")
             kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in resolved}

@@ -18,6 +18,9 @@ SURFACE = ("popmm", "popmm.attach", "popmm.state", "popmm.report", "popmm.budget
 BASE = (
     "popmm.config",
     "popmm.compat",
+    "popmm.compat.caches",
+    "popmm.compat.generation",
+    "popmm.compat.models",
     "popmm.act",
 )  # what every room may know; zoo knows no room and serves the upper ones
 

@@ -17,7 +17,7 @@ import torch
 
 logger = logging.getLogger("popmm")
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "planes.c", "tiers.c", "attention.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "planes.c", "tiers.c", "attention.c", "few.c")]
 _READ = [*_SOURCES, *sorted(Path(__file__).parent.glob("*.h"))]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 

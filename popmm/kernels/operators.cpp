@@ -120,6 +120,25 @@ Tensor planes_linear_op(const Tensor &x, const std::vector<int64_t> &handles) {
     return y;
 }
 
+/* x[..., d] by a whole matrix [m, d] and a bias [m], all in bfloat16 */
+Tensor few_linear_op(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
+    const int64_t dims = x.dim(), d = dims ? x.size(dims - 1) : 0;
+    bool fits = weight.dim() == 2 && weight.size(1) == d && d % 32 == 0 && d > 0 && weight.is_contiguous() && x.is_contiguous();
+    for (const Tensor *own : {&x, &weight, bias.has_value() ? &*bias : &x})
+        fits = fits && own->scalar_type() == ScalarType::BFloat16;
+    fits = fits && (!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous()));
+    STD_TORCH_CHECK(fits, "popmm: few_linear takes bfloat16 tensors in one piece, in rows of a multiple of 32 numbers");
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = weight.size(0);
+    Tensor y = torch::stable::new_empty(x, shape);
+    thread_local std::vector<float> added, out;
+    const float *own = bias.has_value() ? floats(*bias, added) : nullptr;
+    few_linear((const uint16_t *)weight.const_data_ptr(), weight.size(0), d, (const uint16_t *)x.const_data_ptr(), x.numel() / d,
+               own, results(y, out), threads());
+    rounded(y, out);
+    return y;
+}
+
 /* x[n, d] through the FFNs whose rows begin at first[n] (without it: at 0), in the dtype of x, or float32 if wide */
 Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, bool wide, int64_t handle) {
     const FFN &own = ffns.at(handle);
@@ -206,12 +225,14 @@ void free_ffn(int64_t handle) { ffns.remove(handle); }
 
 STABLE_TORCH_LIBRARY(popmm_native, m) {
     m.def("planes_linear(Tensor x, int[] handles) -> Tensor");
+    m.def("few_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
     m.def("tiers_ffn(Tensor x, Tensor? first, bool wide, int handle) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(popmm_native, CPU, m) {
     m.impl("planes_linear", TORCH_BOX(&planes_linear_op));
+    m.impl("few_linear", TORCH_BOX(&few_linear_op));
     m.impl("attend", TORCH_BOX(&attend_op));
     m.impl("tiers_ffn", TORCH_BOX(&tiers_ffn_op));
 }

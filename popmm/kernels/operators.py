@@ -22,6 +22,7 @@ def available() -> bool:
         return False
     fakes = {
         "planes_linear": lambda x, handles: x.new_empty(*x.shape[:-1], sum(_sizes[int(handle)] for handle in handles)),
+        "few_linear": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
         "attend": lambda q, k, v, mask, scale: q.new_empty(q.shape[0], 1, q.shape[1], v.shape[-1]),
         "tiers_ffn": lambda x, first, wide, handle: x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype),
     }
@@ -50,6 +51,17 @@ def ffn(owner: object, arguments: Sequence) -> int:
 def planes_linear(x: Tensor, handles: list[int]) -> Tensor:
     """x ``[..., d]`` through several layers, ``[..., rows of all]``."""
     return torch.ops.popmm_native.planes_linear(x, handles)
+
+
+def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of a few vectors x ``[..., d]``, all in bfloat16: weights ``[m, d]`` are read once for all."""
+    return torch.ops.popmm_native.few_linear(x.contiguous(), weight, bias)
+
+
+def serves_few(weight: Tensor) -> bool:
+    """Whether ``few_linear`` takes these weights."""
+    fits = weight.is_cpu and weight.dtype == torch.bfloat16 and weight.layout is torch.strided
+    return fits and weight.ndim == 2 and weight.shape[1] % 32 == 0 and weight.is_contiguous() and available()
 
 
 def tiers_ffn(x: Tensor, first: Tensor | None, wide: bool, handle: int) -> Tensor:

@@ -23,6 +23,8 @@ class Around:
         self.fillers: set[int] = set()  # tokens that generate feeds to rows that have ended
         self.copies = 1  # of each prompt in the batch, one after the other: beams, several sequences
         self.watch: GenerateWatch | None = None  # of the generate call in progress
+        self.kind = ""  # of the passes of lossless decoding: "draft", "verify" or "dense"
+        self.why_dense = ""  # no drafts in the generate call in progress
         self._read_modalities: ReadModalities | None = None
 
     @property
@@ -48,13 +50,13 @@ class Around:
             fillers: tokens that it feeds to rows that have ended.
             drafts: whether it goes on with a text that another model decides about.
         """
-        before = self.copies, self.fillers, self.watch
+        before = self.copies, self.fillers, self.watch, self.why_dense
         watch = GenerateWatch(drafts)
         try:
             self.copies, self.fillers, self.watch = copies, fillers, watch
             yield watch
         finally:
-            self.copies, self.fillers, self.watch = before
+            self.copies, self.fillers, self.watch, self.why_dense = before
 
     @contextmanager
     def embedding(self, read: ReadModalities) -> Iterator[None]:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from popmm import kernels
+from popmm.adapters.forms import is_mixer
 from popmm.compat import ATTENTION, attention_of, register_attention
 from popmm.kernels import operators
 from popmm.runtime.overrides import Override
+from popmm.runtime.phase import Phase
 from popmm.runtime.rest import SMALL_BATCH
 
 NAME, INSTEAD_OF = "popmm", "sdpa"
+PHASE = "_popmm_phase"  # on modules that attend
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -32,6 +35,9 @@ def _forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: one token per sequence by our kernel, all else as before."""
+    phase = module.__dict__.get(PHASE)
+    if phase is not None and phase.lossless and not phase.decoding:  # only drafts are free to round otherwise
+        return _before(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux")) and not dropout
     if plain and _serves(query, key, value, attention_mask):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
@@ -68,9 +74,10 @@ def _asks_for_names(decoder: nn.Module) -> bool:
     return any(file.suffix == ".py" and _ASKS.search(file.read_text(encoding="utf-8")) for file in sources)
 
 
-def attention_overrides(decoder: nn.Module) -> list[Override]:
+def attention_overrides(decoder: nn.Module, phase: Phase) -> list[Override]:
     """What makes a decoder's steps attend by our kernel; nothing where it cannot be built or another way is set."""
     config = getattr(decoder, "config", None)
     if attention_of(config) != INSTEAD_OF or not operators.available() or _asks_for_names(decoder):
         return []
-    return [Override(config, ATTENTION, NAME)]
+    mixers = [Override(part, PHASE, phase) for part in decoder.modules() if is_mixer(part)]
+    return [Override(config, ATTENTION, NAME), *(mixers if phase.lossless else [])]

@@ -16,7 +16,8 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from popmm.compat import StaticCache, forget_cache_length, static_cache_signature
+from popmm.compat import StaticCache, forget_cache_length, hold_all, static_cache_signature
+from popmm.method.drafts import WIDEST
 from popmm.runtime.sequence import ON_CACHE
 
 KEPT = 4  # caches, of different batch sizes and lengths
@@ -26,7 +27,8 @@ BUCKET = 256  # cache lengths are rounded up to a multiple of this
 class StaticCaches:
     """Caches by batch size and bucket, handed out again when nobody else holds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, lossless: bool = False) -> None:
+        self._lossless = lossless
         self._caches: dict[tuple, StaticCache] = {}
         self._collected: set[tuple] = set()
         self.released = False
@@ -43,6 +45,8 @@ class StaticCaches:
                 return prepare(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             length = bound.arguments["max_cache_len"]
+            if self._lossless:
+                length += WIDEST + 1
             bound.arguments["max_cache_len"] = length = -(-length // BUCKET) * BUCKET
             # tensors made in inference mode cannot be written outside it
             key = (bound.arguments["batch_size"], length, str(bound.arguments["cache_implementation"]))
@@ -65,6 +69,8 @@ class StaticCaches:
             while len(self._caches) >= KEPT:
                 del self._caches[next(iter(self._caches))]
             self._caches[key] = cache = prepare(*bound.args, **bound.kwargs)
+            if self._lossless:
+                hold_all(cache)
             return cache
 
         return prepare_in_bucket

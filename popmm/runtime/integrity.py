@@ -17,13 +17,13 @@ class Integrity:
     def __init__(self, root: nn.Module, name: str, module: nn.Module) -> None:
         self.root, self.name, self.module = root, name, module
         self.parts = [(inner, id(part), type(part)) for inner, part in module.named_modules()]
-        self.forwards = {inner: part.__dict__.get("forward") for inner, part in module.named_modules() if inner}
+        self.forwards = self._forwards()
         self.hooks: set[int] | None = None
         self.override: Callable | None = None  # our forward on the module, if it has one
 
     def installed(self, override: Callable | None) -> None:
-        """Notes our own hooks and forward, after they have been put on."""
-        self.override, self.hooks = override, self._hooks()
+        """Notes our own hooks and forwards, after they have been put on."""
+        self.override, self.hooks, self.forwards = override, self._hooks(), self._forwards()
 
     def check(self) -> bool:
         """Raises RuntimeError if the module, a layer of it or its forward was replaced or wrapped.
@@ -52,6 +52,10 @@ class Integrity:
         if new:
             self.hooks |= self._hooks()
         return new
+
+    def _forwards(self) -> dict[str, Callable | None]:
+        """Of the layers inside, those that stand in for their own."""
+        return {inner: part.__dict__.get("forward") for inner, part in self.module.named_modules() if inner}
 
     def _hooks(self) -> set[int]:
         """Hooks of the layers inside. Those of the module itself see every call."""

@@ -58,7 +58,8 @@ class Partitions:
         self.drop()
         for ffn in self._ffns:
             ffn.apply(sequence.statistics.get(ffn.name), sequence.tokens)
-        self.active, self._phase.decoding = sequence, True
+        self.active = sequence
+        self._phase.idle(True)
 
     def again(self) -> None:
         """Partitions all FFNs anew from the statistics at hand."""

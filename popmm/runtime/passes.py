@@ -13,6 +13,7 @@ import torch
 import transformers
 
 KINDS = ("prompt", "decode", "dense")
+CHECKS = "verify"
 
 
 UNWIRED = "the language model's forward was replaced while attached, so popmm sees none of its passes"
@@ -26,25 +27,46 @@ class Passes(Mapping[str, int]):
     """Passes of an attached model by kind, since it was attached.
 
     ``prompt``: read and measured; ``decode``: one token per sequence by the partition (or several, simulated);
-    ``dense``: one token per sequence by all weights, for one of ``reasons``. Steps that ``generate`` compiles are
-    counted; those of a ``torch.compile`` around the model itself are not seen.
+    ``dense``: one token per sequence by all weights, for one of ``reasons``; ``verify``, where there are any: by all
+    weights too, to check what was drafted, be it nothing (``lossless``, or transformers' assisted generation). Steps
+    that ``generate`` compiles are counted; those of a ``torch.compile`` around the model itself are not seen.
+
+    Attributes:
+        reasons: of dense passes, how often each.
+        drafted: tokens that lossless decoding has drafted.
+        accepted: those of them that went into the text: it has one more for each ``verify``, and one for the prompt.
+        by_place: of drafts' tokens by their place in the draft, (drafted, accepted).
     """
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(KINDS, 0)
-        self.reasons: Counter[str] = Counter()  # of dense passes
+        self.reasons: Counter[str] = Counter()
+        self.drafted = self.accepted = 0
+        self.by_place: list[tuple[int, int]] = []
 
     def count(self, kind: str, reason: str = "") -> None:
-        self._counts[kind] += 1
+        self._counts[kind] = self._counts.get(kind, 0) + 1
         if reason:
             self.reasons[reason] += 1
+
+    def drafts(self, drafted: int, accepted: int, taken: int) -> None:
+        """Counts a round of lossless decoding, of which ``taken`` tokens went into the text, the model's own included.
+
+        A text ends where it ends, also within a draft.
+        """
+        self.drafted, self.accepted = self.drafted + drafted, self.accepted + taken - 1
+        for place in range(drafted):
+            if place == len(self.by_place):
+                self.by_place.append((0, 0))
+            tried, stood = self.by_place[place]
+            self.by_place[place] = tried + (place <= accepted), stood + (place < accepted)
 
     @property
     def total(self) -> int:
         return sum(self._counts.values())
 
     def __getitem__(self, kind: str) -> int:
-        return self._counts[kind]
+        return self._counts.get(kind, 0) if kind == CHECKS else self._counts[kind]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._counts)
@@ -55,7 +77,8 @@ class Passes(Mapping[str, int]):
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {kind}" for kind, n in self._counts.items())
         reasons = "; ".join(f"{n} x {reason}" for reason, n in self.reasons.items())
-        return counts + (f" ({reasons})" if reasons else "")
+        drafts = f"; {self.accepted} of {self.drafted} drafted tokens accepted" if self.drafted else ""
+        return counts + drafts + (f" ({reasons})" if reasons else "")
 
 
 class GenerateWatch:

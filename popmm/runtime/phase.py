@@ -17,11 +17,17 @@ class Phase:
         self.prompt: PromptPass | None = None  # in progress
         self.step = False  # the pass in progress, or the last one, is a decode step: the output layer comes after it
         self.shape = (0, 0)  # batch, tokens per sequence
+        self.lossless = False  # decode passes are drafts, and all else is dense
+        self.checking = False  # the pass in progress checks a draft: several tokens, and no prompt
         self.simulating = False  # passes of several tokens are decode
         self.released = False  # detached: what is left of our wrappers is transparent
         self.exclusive = Exclusive()
         self.is_wired: Callable[[], bool] = lambda: True  # set by attach
         self._warned_of_wires = False
+
+    def idle(self, partitioned: bool) -> None:
+        """Between passes; whether there is a partition."""
+        self.decoding = partitioned and not self.lossless
 
     @property
     def running(self) -> bool:

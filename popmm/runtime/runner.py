@@ -15,23 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popmm.compat import Cache, cache_of, find_cache
+from popmm.compat import Cache, find_cache
 from popmm.runtime.around import Around
 from popmm.runtime.calls import input_shape
+from popmm.runtime.kinds import Kinds
 from popmm.runtime.partitions import Partitions
-from popmm.runtime.passes import Passes, warn_dense
+from popmm.runtime.passes import Passes
 from popmm.runtime.phase import Phase
 from popmm.runtime.prompt import PromptPass
-from popmm.runtime.sequence import Sequence, Sequences, has_past, past_tokens, remember_length
+from popmm.runtime.sequence import Sequence, Sequences, has_past, past_tokens
 
 UNKNOWN_CACHE = (
     "popmm has not read the prompt in this cache (attached or reset in the middle of a text, or a cache built from "
     "tensors): the next pass of several tokens is read as a prompt"
 )
-READ_AS_PROMPT = (
-    "the pass after the prompt was read as another prompt: it brought several tokens (assisted generation, prompt "
-    "lookup) or no key-value cache (use_cache=False)"
-)
+OUTSIDE = "lossless=True drafts in model.generate, greedy or sampling one sequence; all else decodes by all weights"
 
 
 class Runner:
@@ -42,13 +40,20 @@ class Runner:
         self.refresh_every = refresh_every
         self.stateless = stateless  # one partition, of the weights, serves every sequence
         self.around = Around()
-        self.passes = Passes()
-        self.sequences = Sequences(partitions.identity)
+        self.kinds = Kinds(phase, partitions, self.around)
+
+    @property
+    def passes(self) -> Passes:
+        return self.kinds.passes
+
+    @property
+    def sequences(self) -> Sequences:
+        return self.kinds.sequences
 
     def reset(self) -> None:
         """Forgets the partition and all statistics; the next pass of several tokens is a prompt."""
         with self.phase.exclusive.between_passes("reset"):
-            self.sequences = Sequences(self.partitions.identity)
+            self.kinds.sequences = Sequences(self.partitions.identity)
             self.partitions.forget()
             self.begin()
 
@@ -72,24 +77,32 @@ class Runner:
                         f"simulated decode of {shape[1]} tokens passes a step that refresh_every={self.refresh_every} "
                         f"makes dense: split it there, after {self.refresh_every - known.steps} tokens"
                     )
-                return self._decode(forward, args, kwargs, shape, cache)
+                return self.kinds.decode(forward, args, kwargs, shape, cache)
+            if self.around.kind in ("verify", "dense") or self._checks_assistant(shape, cache, known):
+                return self.kinds.check(forward, args, kwargs, shape, cache, known)
             if torch.is_grad_enabled():
                 forward = self.partitions.refusing_backward(forward)
             if self.stateless:
                 if shape[1] > 1 or self.around.begins or self.partitions.active is None:
-                    return self._unmeasured(forward, args, kwargs, shape)
-                return self._decode(forward, args, kwargs, shape, cache)
+                    self.partitions.check_weights()
+                    if self.partitions.active is None:  # it could not be made anew
+                        self.begin()
+                    return self.kinds.unmeasured(forward, args, kwargs, shape)
+                if self._outside:
+                    return self.kinds.dense(forward, args, kwargs, shape, cache, self._outside)
+                return self.kinds.decode(forward, args, kwargs, shape, cache)
             if known is not None and self.sequences.crop(cache, known) and known is self.partitions.active:
                 self.partitions.active = None  # part of its prompt is gone
             if shape[1] > 1 or not has_past(cache, known) or (self.around.begins and known is not None):
-                return self._prefill(forward, args, kwargs, self._prompt_pass(arguments, shape, cache, known), cache)
+                prompt = self._prompt_pass(arguments, shape, cache, known)
+                return self.kinds.prefill(forward, args, kwargs, prompt, cache)
             reason = self._why_dense(known)
             if reason:
-                return self._dense(forward, args, kwargs, shape, cache, reason)
+                return self.kinds.dense(forward, args, kwargs, shape, cache, reason)
             if self._is_due(known):
                 prompt = self._prompt_pass(arguments, shape, cache, known, refreshes=True)
-                return self._prefill(forward, args, kwargs, prompt, cache)
-            return self._decode(forward, args, kwargs, shape, cache)
+                return self.kinds.prefill(forward, args, kwargs, prompt, cache)
+            return self.kinds.decode(forward, args, kwargs, shape, cache)
 
     def run_around(self, forward: Callable, args: tuple, kwargs: dict, read: Callable[[], dict[str, Tensor]]):
         """Runs the module around the decoder; ``read`` tells its image tokens, if the pass is a prompt."""
@@ -110,6 +123,8 @@ class Runner:
 
     def runs_compiled(self, cache: Cache | None) -> bool:
         """Whether a compiled decode step on this cache would do: its own partition is laid out, and no refresh due."""
+        if self.phase.lossless:  # such a step is dense
+            return True
         active = self.partitions.active
         if self.stateless:
             return active is not None
@@ -117,23 +132,11 @@ class Runner:
 
     def ran_compiled(self) -> None:
         """Counts a decode step whose compiled code does not pass by here."""
+        if self.phase.lossless:
+            return self.kinds.seen("dense", self._outside)
         if self.partitions.active is not None:
             self.partitions.active.steps += 1
-        self.seen("decode")
-
-    def seen(self, kind: str, reason: str = "", begins: bool = False) -> None:
-        """Counts a pass, and has the ``generate`` call in progress judge it.
-
-        Args:
-            begins: whether it began a cache: a prompt, also if it is not the first of its ``generate`` (guidance).
-        """
-        self.passes.count(kind, reason)
-        watch = self.around.watch
-        if watch is not None:
-            in_prompt = self.around.begins or begins
-            watch.begun = True
-            if not in_prompt:
-                watch.after_prompt(kind, reason or READ_AS_PROMPT, self.partitions.prunes)
+        self.kinds.seen("decode")
 
     def _prompt_pass(
         self,
@@ -154,8 +157,23 @@ class Runner:
         """Whether the next decode step is the dense one that refreshes the statistics."""
         return self.refresh_every > 0 and sequence.steps >= self.refresh_every
 
+    @property
+    def _outside(self) -> str:
+        """Why a pass of lossless decoding that is none of its own is dense; empty if it is one of those."""
+        return (self.around.why_dense or OUTSIDE) if self.phase.lossless and not self.around.kind else ""
+
+    def _checks_assistant(self, shape: tuple[int, int], cache: Cache | None, known: Sequence | None) -> bool:
+        """Whether this pass checks what transformers' assisted generation has drafted: no part of the prompt."""
+        around = self.around
+        after_prompt = around.watch is not None and around.watch.begun and not around.in_prompt
+        return shape[1] > 1 and after_prompt and known is not None and past_tokens(cache, known) > 0
+
     def _why_dense(self, known: Sequence | None) -> str:
         """Makes the partition of a known sequence the active one; or says why this decode step cannot be pruned."""
+        return (self._outside if known is not None else "") or self.why_not(known)
+
+    def why_not(self, known: Sequence | None) -> str:
+        """The same of a draft."""
         if known is None:
             return UNKNOWN_CACHE
         if known is self.partitions.active:
@@ -167,60 +185,3 @@ class Runner:
             self.partitions.check_weights()
         self.partitions.activate(known)
         return ""
-
-    def _decode(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache):
-        self.phase.decoding, self.phase.step, self.phase.shape = True, True, shape
-        output = forward(*args, **kwargs)
-        known = self.sequences.on(cache)
-        if known is not None:
-            known.steps += shape[1]
-            remember_length(cache, known, shape[1])
-        self.seen("decode")
-        return output
-
-    def _dense(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache, reason: str):
-        # the first step of a generate is judged by its watch
-        is_new, watch = self.sequences.is_new_stranger(cache), self.around.watch
-        if self.partitions.prunes and is_new and (watch is None or watch.judged):
-            warn_dense(reason)
-        self.phase.decoding, self.phase.step, self.phase.shape = False, False, shape
-        # and so it stays: the next step may be compiled, past this
-        output = forward(*args, **kwargs)
-        self.seen("dense", reason)
-        return output
-
-    def _unmeasured(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int]):
-        """A prompt, of which nothing is to be known."""
-        self.partitions.check_weights()
-        if self.partitions.active is None:  # it could not be made anew
-            self.begin()
-        phase, active = self.phase, self.partitions.active
-        phase.decoding, phase.step, phase.shape = False, False, shape
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            phase.decoding = active is not None
-        self.seen("prompt", begins=self.around.begins)
-        return output
-
-    def _prefill(self, forward: Callable, args: tuple, kwargs: dict, prompt: PromptPass, cache):
-        phase = self.phase
-        phase.decoding, phase.step, phase.prompt, phase.shape = False, False, prompt, prompt.shape
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            phase.prompt = None
-            phase.decoding = self.partitions.active is not None
-        sequence = prompt.sequence
-        sequence.add(prompt.past, prompt.tokens, prompt.statistics, prompt.refreshes)
-        cache = cache if cache is not None else cache_of(output)
-        if cache is not None:
-            self.sequences.put(cache, sequence)
-            remember_length(cache, sequence, prompt.shape[1])
-        if sequence.has_tokens:
-            self.partitions.activate(sequence)
-        if prompt.refreshes:
-            self.seen("dense", f"refreshes the partition (refresh_every={self.refresh_every})")
-        else:
-            self.seen("prompt", begins=prompt.past == 0 and cache is not None)
-        return output

@@ -13,7 +13,9 @@ from popmm.compat import CACHE_LENGTH, COMPILED, internal
 from popmm.runtime.attachment import Attachment
 from popmm.runtime.attention import attention_overrides
 from popmm.runtime.caches import StaticCaches
+from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts_interface import ON_MODULE, dense_experts
+from popmm.runtime.few import few_overrides
 from popmm.runtime.freed import FreedWeights
 from popmm.runtime.integrity import Integrity, leads_to
 from popmm.runtime.overrides import Hook, Kept, Override
@@ -43,6 +45,7 @@ def wire(
     dense_modules: list[nn.Module],
     rest: list[RestLayer],
     freed: FreedWeights | None,
+    drafts: Drafts | None,
 ) -> Attachment:
     """Overrides and hooks of everything that takes part, not yet installed.
 
@@ -52,14 +55,19 @@ def wire(
         dense_modules: experts that are left dense.
         rest: linear layers outside the FFNs that decode reads in fewer bits.
         freed: the FFNs' own weights, if they are to be freed.
+        drafts: of lossless decoding.
     """
-    caches = StaticCaches()
+    caches = StaticCaches(drafts is not None)
     by_operators = all(ffn.layout.by_operators for ffn in ffns)
-    around = _around_generate(model, runner, caches, by_operators)
+    around = _around_generate(model, runner, drafts, caches, by_operators)
     overrides = [Override(model, name, ours) for name, ours in around]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
     overrides += [override for layer in rest for override in layer.overrides()]
-    overrides += attention_overrides(decoder) if rest else []
+    if drafts is not None:
+        taken = {id(layer.module) for layer in rest}
+        few = few_overrides(model, decoder, runner.phase)
+        overrides += [override for override in few if id(override.module) not in taken]
+    overrides += attention_overrides(decoder, runner.phase) if rest else []
     overrides += [] if freed is None else freed.overrides()
     hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
@@ -101,11 +109,11 @@ def _held(ffns: list[PrunedSite]) -> Iterator[tuple[nn.Module | nn.Parameter, st
 
 
 def _around_generate(
-    model: nn.Module, runner: Runner, caches: StaticCaches, by_operators: bool
+    model: nn.Module, runner: Runner, drafts: Drafts | None, caches: StaticCaches, by_operators: bool
 ) -> Iterator[tuple[str, Callable]]:
     """What stands around ``generate`` and its steps, by name."""
     if hasattr(model, "generate"):
-        yield "generate", exclusive(model.generate, runner)
+        yield "generate", exclusive(model.generate, runner, drafts)
     around = {
         "_prepare_static_cache": caches.wrap,
         "get_compiled_call": lambda call: compiled(call, runner),

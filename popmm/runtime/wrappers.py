@@ -6,9 +6,7 @@ transparent.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,51 +20,27 @@ from popmm.compat import (
     compile_on_cpu,
     find_cache,
     generate_settings,
-    is_alone,
-    is_default_stance,
     is_exporting,
+    is_static,
+    other_way,
     stays_compiled,
 )
 from popmm.runtime.calls import Arguments, input_shape
+from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts_interface import check_switched
+from popmm.runtime.guards import held_after
+from popmm.runtime.lossless import drafting
 from popmm.runtime.runner import Runner
-
-WARM = 2  # steps of one form in a generate, from which on nothing is compiled any more
-
-
-_one_holds = threading.Lock()
-
-
-class _Guards(contextlib.AbstractContextManager):
-    """Inside, guards are not compared, if nobody else in the process could run compiled code by that."""
-
-    def __enter__(self) -> None:
-        self._held = None
-        if is_default_stance() and is_alone() and _one_holds.acquire(blocking=False):
-            self._held = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-            self._held.__enter__()
-
-    def __exit__(self, *raised) -> None:
-        if self._held is not None:
-            try:
-                self._held.__exit__(*raised)
-            finally:
-                _one_holds.release()
-
-
-def _held(steps: int) -> contextlib.AbstractContextManager:
-    """What a compiled step runs in, after so many steps of the same ``generate`` on the same cache and partition.
-
-    What was compiled for those holds for this one, and to compare hundreds of modules with what was compiled for takes
-    a fifth of a small model's step.
-    """
-    return _Guards() if steps >= WARM else contextlib.nullcontext()
 
 
 def _is_compiled_step(runner: Runner, arguments: dict[str, Any]) -> bool:
     """Whether this call is a decode step being compiled, which must be nothing but tensor operations."""
-    is_step = runner.phase.decoding and not runner.around.in_prompt and input_shape(arguments)[1] == 1
-    return torch.compiler.is_compiling() and is_step
+    if not torch.compiler.is_compiling():
+        return False
+    if runner.around.kind:
+        return True
+    steps = runner.phase.decoding or runner.phase.lossless
+    return steps and not runner.around.in_prompt and input_shape(arguments)[1] == 1
 
 
 def phased(decoder: nn.Module, runner: Runner, switches_experts: bool) -> Callable:
@@ -114,7 +88,7 @@ def with_modalities(surroundings: Surroundings, runner: Runner) -> Callable:
     return reading_forward
 
 
-def exclusive(generate: Callable, runner: Runner) -> Callable:
+def exclusive(generate: Callable, runner: Runner, drafts: Drafts | None) -> Callable:
     """``generate``, refused to a second thread from its first token to its last."""
 
     @functools.wraps(generate)
@@ -128,6 +102,10 @@ def exclusive(generate: Callable, runner: Runner) -> Callable:
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
             with runner.around.generating(copies, fillers, drafts=bool(setting("is_assistant"))) as watch:
+                if drafts is not None:
+                    runner.around.why_dense = other_way(setting)
+                    if not runner.around.why_dense:
+                        kwargs["custom_generate"] = drafting(drafts, setting("streamer"))
                 output = generate(*args, **kwargs)
             if not watch.begun:
                 runner.phase.warn_if_unwired()
@@ -172,12 +150,12 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
             if is_step and not runner.runs_compiled(find_cache(kwargs)):
                 return model(*args, **kwargs)
             before = runner.passes.total
-            runner.phase.step = is_step
+            runner.phase.step = is_step and not runner.phase.lossless
             watch = runner.around.watch
             cache, form = find_cache(kwargs), None
             if is_step and stays_compiled(cache):
                 form = ids.shape, id(cache), id(runner.partitions.active)
-            with _held(0 if watch is None else watch.steps_like(form)):
+            with held_after(0 if watch is None else watch.steps_like(form)):
                 output = step(*args, **kwargs)
             if watch is not None and runner.passes.total != before:
                 watch.ran_eagerly()
@@ -202,8 +180,9 @@ def compiles_on_cpu(criteria: Callable, runner: Runner) -> Callable:
     @functools.wraps(criteria)
     def judge(model_kwargs, generation_config, *args, **kwargs):
         model = criteria.__self__
-        large = sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE
-        if large and model.device.type == "cpu" and not (runner.phase.released or generation_config.disable_compile):
+        fits = model.device.type == "cpu" and is_static(find_cache(model_kwargs))
+        fits = fits and not (runner.phase.released or generation_config.disable_compile)
+        if fits and sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE:
             compile_on_cpu(generation_config)
         return criteria(model_kwargs, generation_config, *args, **kwargs)
 

@@ -11,7 +11,7 @@ from matrix import MODELS, generate
 import popmm
 from popmm.compat import stays_compiled
 from popmm.kernels import operators
-from popmm.runtime import wrappers
+from popmm.runtime import guards, wrappers
 
 pytestmark = pytest.mark.skipif(not operators.available(), reason="no C++ compiler")
 SETTINGS = dict(bytes=0.3, rest_bits=8)
@@ -73,19 +73,19 @@ def test_guards_are_held_by_one_and_by_nobody_else():
     torch.compile(lambda x: (x + 1).sin())(torch.ones(3))  # whose workers are nobody else
     stance = lambda: torch._dynamo.eval_frame._stance  # noqa: E731
     before = stance()
-    with wrappers._held(wrappers.WARM):
+    with guards.held_after(guards.WARM):
         assert stance().skip_guard_eval_unsafe
-        with wrappers._held(wrappers.WARM):
+        with guards.held_after(guards.WARM):
             assert stance().skip_guard_eval_unsafe
     assert stance() == before
-    with wrappers._held(wrappers.WARM - 1):
+    with guards.held_after(guards.WARM - 1):
         assert stance() == before
-    with torch.compiler.set_stance("force_eager"), wrappers._held(wrappers.WARM):
+    with torch.compiler.set_stance("force_eager"), guards.held_after(guards.WARM):
         assert stance().stance == "force_eager" and not stance().skip_guard_eval_unsafe
     done, other = threading.Event(), threading.Thread(target=lambda: done.wait(10))
     other.start()
     try:
-        with wrappers._held(wrappers.WARM):
+        with guards.held_after(guards.WARM):
             assert stance() == before
     finally:
         done.set()

@@ -1,0 +1,144 @@
+"""Key-value caches, told by their type and never by the name of an argument."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+
+__all__ = ["Cache", "StaticCache"]
+
+CONTINUOUS_BATCHING = (
+    "continuous batching (generate_batch, cache_implementation='paged') mixes prompts and decode steps in one pass, "
+    "which popmm does not prune: call popmm.detach(model) first, or use model.generate"
+)
+BATCHING_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+CACHE_NAMES = ("cache", "past_key_values")  # of arguments, newest first
+OTHER_STATES = ("cache_params", "mems", "past_buckets_states", "state", "layer_past")
+
+
+def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache among a call's arguments, whatever its name.
+
+    Raises:
+        TypeError: an argument that ought to be a cache is none that transformers knows; or there are several.
+    """
+    found = list({id(value): value for value in arguments.values() if isinstance(value, Cache)}.values())
+    if len(found) > 1:
+        kinds = " and ".join(type(cache).__name__ for cache in found)
+        raise TypeError(f"the language model was called with two caches ({kinds}): popmm cannot tell its tokens")
+    if found:
+        return found[0]
+    for name in (*CACHE_NAMES, *OTHER_STATES):
+        value = arguments.get(name)
+        if value is not None:
+            raise TypeError(_unknown_cache(name, value))
+    return None
+
+
+def _unknown_cache(name: str, value: Any) -> str:
+    if "Paged" in type(value).__name__:
+        return CONTINUOUS_BATCHING
+    return (
+        f"the language model was called with {name} of type {type(value).__name__}: popmm reads caches of "
+        "transformers' Cache classes, such as DynamicCache; popmm.detach(model) runs it dense"
+    )
+
+
+def cache_of(output: Any) -> Cache | None:
+    """The cache in a model's or in ``generate``'s output, of either form and under any name."""
+    if isinstance(output, Mapping):
+        values: Iterable = output.values()
+    elif isinstance(output, (tuple, list)):
+        values = output
+    else:
+        values = vars(output).values() if hasattr(output, "__dict__") else ()
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache]:
+    """``cache`` as the keyword argument that ``model`` and its ``generate`` take it by; empty for None."""
+    if cache is None:
+        return {}
+    parameters = inspect.signature(model.forward).parameters
+    return {next((name for name in CACHE_NAMES if name in parameters), _handed_on_as()): cache}
+
+
+def _handed_on_as() -> str:
+    """The name by which this version's ``generate`` hands on the cache."""
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
+
+
+def tokens_in(cache: Cache | None) -> int | Tensor | None:
+    """Tokens that a cache holds: a number, of a static cache a tensor on its device; None if it does not count them."""
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # layers of linear attention alone
+        return None
+
+
+def holds_state(cache: Cache) -> bool:
+    """Whether a cache that does not count tokens (``tokens_in``) has read any."""
+    return bool(cache.layers) and cache.has_previous_state()
+
+
+def stays_compiled(cache: Cache | None) -> bool:
+    """Whether a cache changes nothing but tensors from step to step: sliding windows count in Python."""
+    return cache is not None and all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def is_static(cache: Cache | None) -> bool:
+    """Whether a cache has a fixed size, over which steps can be compiled."""
+    return cache is not None and cache.is_compileable and type(cache) is not DynamicCache
+
+
+def can_crop(cache: Cache | None) -> bool:
+    """Whether tokens can be taken off the end of a cache that has read a prompt."""
+    if cache is None or isinstance(cache, transformers.EncoderDecoderCache):
+        return False
+    return stays_compiled(cache) or cache.is_croppable
+
+
+def crop(cache: Cache, n_tokens: int) -> None:
+    """Takes tokens off the end of a cache. To be called with 0 too: what slides drops then what it no longer needs."""
+    if stays_compiled(cache):
+        for layer in cache.layers:  # transformers 5.17 has no crop for them
+            if n_tokens:
+                layer.cumulative_length.sub_(n_tokens)
+    else:
+        cache.crop(-n_tokens)
+
+
+def keep_past(cache: Cache, keeps: bool) -> None:
+    """Whether layers that slide, or hold states, keep what ``crop`` needs, until it is called."""
+    if keeps:
+        cache.activate_past_recording()
+        return
+    for layer in cache.layers:
+        if getattr(layer, "record_past", False):
+            layer.record_past = False
+
+
+def hold_all(cache: Cache) -> None:
+    """Has the sliding windows of a new static cache hold all tokens, so that tokens can be taken off it.
+
+    What a layer attends to follows from its mask, which is as long as what the cache holds.
+    """
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is StaticSlidingWindowLayer:
+            cache.layers[i] = StaticLayer(max(own.max_cache_len for own in cache.layers))
+
+
+def capacity(cache: Cache) -> int | None:
+    """Tokens that a static cache holds at most; None = it grows."""
+    sizes = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    return min(sizes, default=None)

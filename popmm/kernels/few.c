@@ -1,0 +1,83 @@
+/* A whole matrix of bfloat16 by a few vectors, each weight read once: what checks a draft reads several tokens at once. */
+#include "common.h"
+#include "operators.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#define ROWS 4 /* that go together, so that a vector is loaded once for all of them */
+#define MOST 8 /* vectors, whose sums stay in registers with those rows' */
+#define STEP 32
+
+#ifdef __AVX512BF16__
+typedef __m512 lanes;
+#define SUM(acc, w, x) _mm512_dpbf16_ps(acc, (__m512bh)(w), (__m512bh)(x))
+typedef __m512i piece;
+static inline piece piece_at(const uint16_t *from) { return _mm512_loadu_si512(from); }
+static inline lanes nothing(void) { return _mm512_setzero_ps(); }
+static inline float across(lanes a) { return _mm512_reduce_add_ps(a); }
+#else
+typedef float half_lanes __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef half_lanes lanes;
+typedef struct {
+    half_lanes low, high;
+} piece;
+static inline half_lanes wide(const uint16_t *from) {
+    const words bits = __builtin_convertvector(*(const halves *)from, words) << 16;
+    half_lanes f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+static inline piece piece_at(const uint16_t *from) { return (piece){wide(from), wide(from + STEP / 2)}; }
+static inline lanes nothing(void) { return (lanes){0}; }
+static inline lanes SUM(lanes acc, piece w, piece x) { return acc + w.low * x.low + w.high * x.high; }
+static inline float across(lanes a) {
+    float sum = 0;
+    for (int i = 0; i < STEP / 2; i++) sum += a[i];
+    return sum;
+}
+#endif
+
+/* out[t, r] of rows r, r + 1, ... and n vectors; rows beyond the last are the last one again */
+static inline __attribute__((always_inline)) void block(const uint16_t *w, int64_t r, int64_t n_rows, int64_t d,
+                                                        const uint16_t *x, const int n, const float *bias, float *out) {
+    lanes sum[ROWS][MOST];
+    const uint16_t *row[ROWS];
+    for (int i = 0; i < ROWS; i++) row[i] = w + (r + i < n_rows ? r + i : n_rows - 1) * d;
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int t = 0; t < n; t++) sum[i][t] = nothing();
+    for (int64_t j = 0; j < d; j += STEP) {
+        piece own[ROWS];
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; i++) own[i] = piece_at(row[i] + j);
+#pragma GCC unroll 8
+        for (int t = 0; t < n; t++) {
+            const piece v = piece_at(x + t * d + j);
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; i++) sum[i][t] = SUM(sum[i][t], own[i], v);
+        }
+    }
+    for (int i = 0; i < ROWS && r + i < n_rows; i++)
+        for (int t = 0; t < n; t++) out[t * n_rows + r + i] = across(sum[i][t]) + (bias ? bias[r + i] : 0);
+}
+
+#define OF(N)                                                  \
+    case N:                                                    \
+        block(w, r, n_rows, d, x + t * d, N, bias, out + t * n_rows); \
+        break;
+
+/* out[n, n_rows] = x[n, d] by each row, and the bias; x in bfloat16 too, the sums in float32. d: a multiple of 32 */
+void few_linear(const uint16_t *w, int64_t n_rows, int64_t d, const uint16_t *x, int64_t n, const float *bias, float *out,
+                int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < n_rows; r += ROWS)
+        for (int64_t t = 0; t < n; t += MOST)
+            switch (n - t < MOST ? n - t : MOST) {
+                OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8)
+            }
+}

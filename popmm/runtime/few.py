@@ -1,0 +1,48 @@
+"""What checks a draft reads a few tokens with all weights: linear layers in bfloat16 on the CPU by our kernel.
+
+torch's product of so few tokens takes the weights at a third of the memory's speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from popmm import kernels
+from popmm.kernels import operators
+from popmm.runtime.overrides import Override
+from popmm.runtime.phase import Phase
+
+FEW_TOKENS = 17  # the widest pass that checks a draft
+FEW_ROWS = 16  # of a layer that is not worth it
+
+
+def few_tokens(module: nn.Linear, phase: Phase) -> Callable[[Tensor], Tensor]:
+    """A linear layer's forward, by the kernel where a draft is checked."""
+    own = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        fits = phase.checking and not phase.released and x.dtype == weight.dtype and x.is_cpu
+        if not fits or x.numel() > FEW_TOKENS * x.shape[-1] or kernels.needs_gradient(x):
+            return own(x)
+        return operators.few_linear(x, weight.detach(), None if bias is None else bias.detach())
+
+    return forward
+
+
+def served(module: nn.Module) -> bool:
+    """Whether the kernel takes a module: a plain linear layer, which nobody has wrapped."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or type(module.weight) is not nn.Parameter:
+        return False
+    alike = module.bias is None or module.bias.dtype == module.weight.dtype
+    return alike and module.weight.shape[0] >= FEW_ROWS and operators.serves_few(module.weight)
+
+
+def few_overrides(model: nn.Module, decoder: nn.Module, phase: Phase) -> Iterator[Override]:
+    """Of a decoder's linear layers and the output layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {id(layer): layer for layer in (*decoder.modules(), *([] if head is None else [head]))}
+    for layer in filter(served, found.values()):
+        yield Override(layer, "forward", few_tokens(layer, phase))

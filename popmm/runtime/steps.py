@@ -1,0 +1,68 @@
+"""The passes of lossless decoding: drafts, what checks them, and dense steps, each as a form of its own.
+
+Compiled, each form has code of its own, so that none of them has to be told from the others at each step; and what
+checks drafts always reads the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from popmm import compat
+from popmm.runtime.drafts import Drafts
+from popmm.runtime.guards import WARM, held_after
+
+
+def _step(model: nn.Module, inputs: dict[str, Any]):
+    return model(**inputs, return_dict=True)
+
+
+class Steps:
+    """Runs the passes of one ``generate``."""
+
+    def __init__(self, model: nn.Module, drafts: Drafts, config: Any, model_kwargs: dict[str, Any]) -> None:
+        self.model, self.drafts = model, drafts
+        self.compiles = compat.compiles(model, model_kwargs, config)
+        self.compile_config = config.compile_config if self.compiles else None
+        self._ran: dict[str, int] = {}
+        self.warm = False  # whether the last rounds' passes had nothing to compile
+
+    @property
+    def widest(self) -> int:
+        """Tokens of the widest pass that checks a draft."""
+        return self.drafts.most + 1
+
+    def padding(self, width: int) -> int:
+        """Tokens that are read beside ``width`` drafted ones and the last, to keep the form."""
+        return self.drafts.most - width if self.compiles and width else 0
+
+    def __call__(self, kind: str, ids: Tensor, n_tokens: int, kwargs: dict[str, Any]):
+        """A pass over the last tokens of ids: ``"draft"``, ``"verify"`` or ``"dense"``."""
+        inputs = compat.inputs_of_step(self.model, ids, n_tokens, kwargs)
+        ran = self._ran.get(kind, 0)
+        self._ran[kind] = ran + 1
+        self.warm = ran >= (WARM if self.compiles else 1)
+        step = self._form(kind) if self.compiles else _step
+        held = step is not _step and compat.stays_compiled(compat.find_cache(inputs))
+        with self.drafts.as_kind(kind), held_after(ran if held else 0):
+            try:
+                return step(self.model, inputs)
+            except compat.NOT_COMPILED as error:  # before anything of it has run
+                self.drafts.forms[kind] = _step
+                why = str(error).strip().splitlines()[0][:200]
+                warnings.warn(f"popmm: {kind} passes are not compiled: {why}", stacklevel=2)
+                return _step(self.model, inputs)
+
+    def _form(self, kind: str) -> Callable:
+        """The pass in one graph, so that none of its parts is compiled later than others."""
+        forms = self.drafts.forms
+        if kind not in forms:
+            code = types.FunctionType(_step.__code__.replace(co_name=f"{kind}_step"), globals(), f"{kind}_step")
+            forms[kind] = torch.compile(code, **compat.compile_settings(self.compile_config))
+        return forms[kind]
