@@ -88,6 +88,8 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
         how += f" ({', '.join(parts)}, of each FFN's channels; {ffns[0].sizes.base} bits of every gate row)"
     if c.rest_bits < 16:
         how += f" rest_bits={c.rest_bits}"
+    if c.lossless:
+        how += " lossless: these are drafts, which the whole model checks"
     if c.refresh_every:
         how += f" refresh_every={c.refresh_every}"
     freed = f", -{human_bytes(state.freed_bytes())} of the model's own" if state.freed_bytes() else ""

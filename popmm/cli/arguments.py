@@ -31,6 +31,8 @@ def config_from(args: argparse.Namespace) -> PopConfig:
         "weights",
         "layout",
         "refresh_every",
+        "lossless",
+        "draft_tokens",
     )
     given = {name: getattr(args, name, None) for name in names}
     if isinstance(getattr(args, "bytes", None), float):  # eval's is a list of shares, for its methods

@@ -18,7 +18,7 @@ from popmm.cli.arguments import (
     prompt_from,
 )
 from popmm.cli.terminal import print_json
-from popmm.config import PopConfig
+from popmm.config import PLAIN_BITS, PopConfig
 from popmm.evaluation.progress import for_people
 
 
@@ -56,6 +56,7 @@ def _generate(args, model, tokenizer, inputs, config, settings, asked, advice) -
     from transformers import TextStreamer
 
     from popmm.attach import pruned
+    from popmm.cli.compare import drafts_of
     from popmm.report import human_bytes
     from popmm.runtime.clock import timed_generate
 
@@ -77,11 +78,13 @@ def _generate(args, model, tokenizer, inputs, config, settings, asked, advice) -
                     "dense_ffn_bytes_per_token": dense,
                     "channels_skipped": skipped,
                     "passes": dict(state.passes),
+                    **drafts_of(state.passes, config.lossless),
                 }
             )
         rate = "" if math.isnan(seconds) else f" at {1 / seconds:.1f} tokens/s"
+        reading = "drafts reading" if config.lossless else "reading"
         for_people().print(
-            f"{len(tokens)} tokens{rate}, reading {human_bytes(read)} of {human_bytes(dense)} FFN weights per token "
+            f"{len(tokens)} tokens{rate}, {reading} {human_bytes(read)} of {human_bytes(dense)} FFN weights per token "
             f"({read / dense:.1%}), skipping {skipped:.1%} of the FFN channels",
             style="dim",
             soft_wrap=True,
@@ -119,6 +122,8 @@ def show(runs: list, tokenizer, as_json: bool, about: dict, advice: str) -> None
 
 
 def label(config: PopConfig) -> str:
+    if config.lossless:
+        return "lossless"
     if config.bytes is not None:
         return f"{config.selection}, {config.bytes:.0%} of the 16-bit bytes read"
     if config.ffn_ratio is not None:
@@ -148,6 +153,8 @@ def chat(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     if (args.shape is None) == (args.model is None):
         raise ValueError("give either --shape, such as llama-3.1-8b, or --model")
+    if args.lossless:
+        return _bench_lossless(args)
     for name in ("batch", "prompt_tokens", "new_tokens", "rounds"):
         least = 8 if name == "new_tokens" else 1
         if getattr(args, name) < least:
@@ -187,6 +194,38 @@ def bench(args: argparse.Namespace) -> None:
         save_json(args.json, {**settings, "title": title}, found)
     if args.plot:
         bench_figure(found, title, args.plot)
+
+
+def _bench_lossless(args: argparse.Namespace) -> None:
+    if args.model is None:
+        raise ValueError(
+            "--lossless measures how often drafts are accepted, which random weights cannot tell: give --model"
+        )
+    for name in ("prompt_tokens", "new_tokens", "texts"):
+        if getattr(args, name) < 2:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 2 or more")
+    check_folders(args.json)
+    rest = None if args.rest_bits == PLAIN_BITS else args.rest_bits
+    config = PopConfig(lossless=True, draft_tokens=args.draft_tokens, rest_bits=rest)
+    from rich.console import Console
+
+    from popmm.cli.bench_lossless import LosslessBench, lossless_table, prompts, save_lossless
+    from popmm.zoo.encoding import check_length, tokenizer_of
+
+    model, processor = load_from(args)
+    assistant = None
+    if args.assistant is not None:
+        assistant, _ = load_from(argparse.Namespace(**{**vars(args), "model": args.assistant}))
+    check_length(model, args.prompt_tokens, args.new_tokens)
+    texts = prompts(model, tokenizer_of(processor), args.text, args.texts, args.prompt_tokens)
+    compiled = args.compiled if args.compiled is not None else True
+    found = LosslessBench(model, config, args.new_tokens, compiled, assistant).run(texts)
+    dtype = str(model.dtype).removeprefix("torch.")
+    title = f"{args.model}, {dtype}, {len(texts)} texts of {args.new_tokens} new tokens"
+    Console(width=160).print(lossless_table(found, title))
+    if args.json:
+        settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot")}
+        save_lossless(args.json, {**settings, "title": title}, found)
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from popmm.compat import cache_argument, cache_of
 from popmm.config import PopConfig
 from popmm.report import human_bytes
 from popmm.runtime.clock import timed_generate
+from popmm.runtime.passes import Passes
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Run:
     partition_seconds: float = 0.0
     same_prefix: int = 0  # leading tokens equal to the dense run's
     top1_agreement: float = 1.0  # share of steps, along the dense text, that choose the dense token; nan without any
+    passes: Passes | None = None  # of lossless decoding
 
 
 @torch.no_grad()
@@ -61,6 +64,8 @@ def check_pruned(state, label: str, new_tokens: int) -> None:
         RuntimeError: something is to be pruned, tokens were decoded, and no step of them was pruned.
     """
     decoded = new_tokens - 1  # the prompt pass gives the first
+    if state.config.lossless and state.passes["verify"]:
+        return  # it may be that drafts do not pay
     if decoded > 0 and not state.is_dense and state.passes["decode"] == 0:
         reasons = "; ".join(getattr(state.passes, "reasons", ())) or "its decode steps were not seen"
         raise RuntimeError(
@@ -85,7 +90,7 @@ def compare(model, inputs: dict[str, Tensor], configs: dict[str, PopConfig], **s
             torch.manual_seed(seed)
             new, seconds = timed_generate(model, inputs, **settings)
             check_pruned(state, label, len(new))
-            partition_seconds = state.partition_seconds()
+            passes, partition_seconds = copy.deepcopy(state.passes), state.partition_seconds()
             ffn_bytes, runs[0].ffn_bytes = state.bytes_per_token()
             shared = min(len(new), len(tokens))
             differs = (new[:shared] != tokens[:shared]).nonzero()
@@ -93,7 +98,24 @@ def compare(model, inputs: dict[str, Tensor], configs: dict[str, PopConfig], **s
             agreement = top1_agreement(model, state, inputs, tokens)
             skipped = state.channels_skipped()
             runs.append(Run(label, new, seconds, ffn_bytes, skipped, partition_seconds, same, agreement))
+            if config.lossless:
+                _as_lossless(runs[-1], passes, ffn_bytes, runs[0].ffn_bytes)
     return runs
+
+
+def _as_lossless(run: Run, passes: Passes, drafting: int, dense: int) -> None:
+    """What a token of the text has cost, drafts and checks together; nothing of it is skipped in the end."""
+    checks, decoded = passes["verify"], max(1, len(run.tokens) - 1)
+    run.passes, run.channels_skipped = passes, 0.0
+    run.ffn_bytes = round((passes.drafted * drafting + checks * dense) / decoded)
+
+
+def drafts_of(passes: Passes, lossless: bool) -> dict:
+    """What lossless decoding has drafted, as plain data; nothing without it."""
+    if not lossless:
+        return {}
+    found = {"drafted": passes.drafted, "accepted": passes.accepted}
+    return {**found, "acceptance": passes.acceptance, "tokens_per_round": passes.tokens_per_round}
 
 
 def _or_dash(value: float, form: str) -> str:
@@ -120,6 +142,12 @@ def comparison_table(runs: list[Run]) -> Table:
         "FFN channels skipped": lambda r: f"{r.channels_skipped:.1%}",
         **{name: lambda r, cell=cell: "-" if r is dense else cell(r) for name, cell in of_pruned.items()},
     }
+    drafting = {
+        "drafted tokens accepted": lambda r: f"{r.passes.accepted} of {r.passes.drafted}",
+        "tokens per round": lambda r: f"{r.passes.tokens_per_round:.2f}",
+    }
+    if any(run.passes is not None for run in runs):
+        rows |= {name: lambda r, cell=cell: "-" if r.passes is None else cell(r) for name, cell in drafting.items()}
     for name, cell in rows.items():
         table.add_row(name, *(cell(run) for run in runs))
     return table
@@ -154,5 +182,7 @@ def rows_of(runs: list[Run], tokenizer) -> list[dict]:
         if run is not dense:
             row["partition_ms"] = run.partition_seconds * 1e3
             row["same_leading_tokens"], row["top1_agreement"] = run.same_prefix, run.top1_agreement
+        if run.passes is not None:
+            row |= drafts_of(run.passes, True)
         rows.append(row)
     return rows

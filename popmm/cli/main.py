@@ -118,6 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--compiled", action=yes_or_no, help="torch.compile with static caches (on CUDA only)")
     bench.add_argument("--int8", action="store_true", help="a dense row with int8 weights too, by torchao")
     bench.add_argument("--rest-bits", type=int, default=16, help="of attention and the output layer (%(default)s)")
+    bench.add_argument("--lossless", action="store_true", help="drafting against dense decoding of texts, instead")
+    bench.add_argument("--draft-tokens", type=int, help="lossless: tokens to draft in a row (as many as pay)")
+    bench.add_argument("--text", type=Path, help="lossless: a text, or .jsonl of questions (the model's own samples)")
+    bench.add_argument("--texts", type=int, default=12, help="lossless: prompts to go on with (%(default)s)")
+    bench.add_argument("--assistant", help="lossless: a small model that drafts for transformers, a row of its own")
     bench.add_argument("--json", type=Path, help="also write the rows here")
     bench.add_argument("--plot", type=Path, help="also draw speed-up against bytes here")
     bench.set_defaults(run=_later("popmm.cli.commands:bench"))
@@ -156,13 +161,17 @@ def _add_config(parser: argparse.ArgumentParser, shares: bool = False) -> None:
         either.add_argument(
             "--bytes", type=float, help=f"tiers, gate: share of the 16-bit FFN bytes to read ({defaults.bytes})"
         )
+        parser.add_argument(
+            "--lossless", action="store_true", default=None, help="drafts that the whole model checks: its own text"
+        )
+        parser.add_argument("--draft-tokens", type=int, help="lossless: tokens to draft in a row (as many as pay)")
         parser.add_argument("--refresh-every", type=int, default=0, help="decode steps between dense ones (never)")
     parser.add_argument(
         "--selection", help="tiers, gate, mask or keep (tiers; with a ratio: gate; with --candidate-fraction: mask)"
     )
     parser.add_argument("--gate-bits", type=int, help="gate: 16, 8 or 4 (chosen by the bytes)")
     parser.add_argument("--weight-bits", type=int, help="tiers: all channels at 8 to 3 bits, none chosen")
-    parser.add_argument("--rest-bits", type=int, help="of attention and the output layer at decode: 16, or 8 to 3 (16)")
+    parser.add_argument("--rest-bits", type=int, help="of attention and the output layer at decode: 16, or 8 to 3")
     parser.add_argument("--statistics", default=defaults.statistics, help="prompt, or weights: none (%(default)s)")
     parser.add_argument("--weights", default=defaults.weights, help="tiers: keep, or replace 16-bit ones (%(default)s)")
     parser.add_argument("--layout", default=defaults.layout, help="auto, copy or permute (%(default)s)")

@@ -62,6 +62,38 @@ class Passes(Mapping[str, int]):
             self.by_place[place] = tried + (place <= accepted), stood + (place < accepted)
 
     @property
+    def tokens_per_round(self) -> float | None:
+        """Tokens that went into the text for each pass of the whole model that checked; None without any."""
+        checks = self[CHECKS]
+        return (checks + self.accepted) / checks if checks else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that stood, of those whose predecessors in the draft did; None without any."""
+        tried, stood = (sum(place[k] for place in self.by_place) for k in (0, 1))
+        return stood / tried if tried else None
+
+    def add(self, other: Passes) -> None:
+        """Counts what another has counted too."""
+        for kind, n in other._counts.items():
+            self._counts[kind] = self._counts.get(kind, 0) + n
+        self.reasons.update(other.reasons)
+        self.drafted, self.accepted = self.drafted + other.drafted, self.accepted + other.accepted
+        longer, shorter = sorted((self.by_place, other.by_place), key=len, reverse=True)
+        padded = [*shorter, *[(0, 0)] * (len(longer) - len(shorter))]
+        self.by_place = [(a + c, b + d) for (a, b), (c, d) in zip(longer, padded)]
+
+    def since(self, before: Passes) -> Passes:
+        """What was counted after a copy of this was made."""
+        found = Passes()
+        found._counts = {kind: n - before._counts.get(kind, 0) for kind, n in self._counts.items()}
+        found.reasons = self.reasons - before.reasons
+        found.drafted, found.accepted = self.drafted - before.drafted, self.accepted - before.accepted
+        known = [*before.by_place, *[(0, 0)] * (len(self.by_place) - len(before.by_place))]
+        found.by_place = [(a - c, b - d) for (a, b), (c, d) in zip(self.by_place, known)]
+        return found
+
+    @property
     def total(self) -> int:
         return sum(self._counts.values())
 

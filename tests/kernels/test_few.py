@@ -1,0 +1,73 @@
+"""A linear layer of a few vectors, each weight read once: what checks a draft."""
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import popmm
+from popmm.kernels import operators
+from popmm.runtime.few import FEW_TOKENS, served
+
+pytestmark = pytest.mark.skipif(not operators.available(), reason="no C++ compiler")
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("n_rows, d", [(1, 32), (3, 64), (16, 96), (67, 576), (130, 1536)])
+@pytest.mark.parametrize("n", [*range(1, 10), FEW_TOKENS])
+def test_products_are_those_of_float32_rounded_once(n_rows, d, n):
+    weight, bias, x = drawn(n_rows, d), drawn(n_rows, seed=1), drawn(n, d, seed=2)
+    for own in (None, bias):
+        exact = F.linear(x.float(), weight.float(), None if own is None else own.float())
+        found = operators.few_linear(x, weight, own)
+        assert found.dtype == torch.bfloat16 and found.shape == (n, n_rows)
+        torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-3 * d**0.5)
+    assert torch.equal(operators.few_linear(x.view(1, n, d), weight, None)[0], operators.few_linear(x, weight, None))
+
+
+def test_a_token_does_not_depend_on_those_beside_it():
+    """One that checks alone and one among others choose alike."""
+    weight, x = drawn(96, 128), drawn(FEW_TOKENS, 128, seed=1)
+    together = operators.few_linear(x, weight, None)
+    assert all(torch.equal(operators.few_linear(x[i : i + 1], weight, None)[0], together[i]) for i in range(len(x)))
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias",
+    [
+        (drawn(2, 64).float(), drawn(8, 64), None),
+        (drawn(2, 64), drawn(8, 32), None),
+        (drawn(2, 48), drawn(8, 48), None),
+        (drawn(2, 64), drawn(8, 128)[:, ::2], None),
+        (drawn(2, 64), drawn(8, 64), drawn(7)),
+        (drawn(2, 64), drawn(8, 64), drawn(8).float()),
+    ],
+)
+def test_other_tensors_are_refused(x, weight, bias):
+    with pytest.raises(RuntimeError, match="few_linear"):
+        operators.few_linear(x, weight, bias)
+
+
+def test_which_layers_are_served():
+    plain = nn.Linear(64, 32).bfloat16()
+    assert served(plain)
+    assert not served(nn.Linear(64, 32)) and not served(nn.Linear(48, 32).bfloat16())
+    plain.forward = plain.forward
+    assert not served(plain)
+
+
+def test_bfloat16_checks_by_the_kernel_and_prompts_by_torch(monkeypatch):
+    model, calls = tiny.dense("llama").to(torch.bfloat16), []
+    kernel = operators.few_linear
+    monkeypatch.setattr(operators, "few_linear", lambda x, *rest: calls.append(x.shape) or kernel(x, *rest))
+    with popmm.pruned(model, lossless=True, draft_tokens=3) as state:
+        model.generate(tiny.prompt(9), max_new_tokens=8, do_sample=False)
+        assert state.passes["verify"] > 0
+    assert calls and all(shape[:-1].numel() <= 4 for shape in calls)
+    before = len(calls)
+    model.generate(tiny.prompt(9), max_new_tokens=8, do_sample=False)
+    assert len(calls) == before
