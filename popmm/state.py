@@ -14,6 +14,7 @@ import torch
 from popmm.compat import Cache
 from popmm.config import PopConfig
 from popmm.layouts.traffic import channels_computed
+from popmm.method.drafts import Replay
 from popmm.method.partition import FFNPartition
 from popmm.report import summary_table
 from popmm.runtime.passes import Passes
@@ -89,6 +90,13 @@ class PartitionState:
         self._runner.reset()
         for ffn in self._tower:
             ffn.partition = None
+
+    def replay_acceptance(self, rate: float) -> None:
+        """For measurements of speed on random weights: drafted tokens of ``lossless`` stand at this rate from now on.
+
+        The text is then no longer the dense model's.
+        """
+        self._runner.around.stands = Replay(rate)
 
     def bytes_per_token(self) -> tuple[int, int]:
         """(pruned, dense): FFN weight bytes that one decoded token reads at batch 1.

@@ -56,6 +56,14 @@ class LosslessRow:
         }
 
 
+def random_prompts(model, n: int, n_tokens: int) -> list[dict[str, Tensor]]:
+    """For weights that are random too."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    most = min(model.config.get_text_config().vocab_size, 1000)
+    ids = torch.randint(2, most, (n, 1, n_tokens), generator=generator, device="cpu").to(model.device)
+    return [{"input_ids": own, "attention_mask": torch.ones_like(own)} for own in ids]
+
+
 def prompts(model, tokenizer, file: Path | None, n: int, n_tokens: int) -> list[dict[str, Tensor]]:
     """What is gone on with: windows of a text, questions of a file of JSON lines, or the model's own samples."""
     if file is None:
@@ -83,14 +91,19 @@ def _questions(file: Path, n: int) -> list[str]:
 class LosslessBench:
     """Rows over the same texts, each text by all of them in turn. Holds two copies of the model."""
 
-    def __init__(self, model, config: PopConfig, new: int, compiled: bool, assistant=None) -> None:
+    def __init__(
+        self, model, config: PopConfig, new: int, compiled: bool, assistant=None, replay: float | None = None
+    ) -> None:
         self.plain, self.config, self.new, self.compiled, self.assistant = model, config, new, compiled, assistant
+        self.replay = replay  # of random weights: the rate at which a drafted token is taken to stand
 
     def run(self, texts: list[dict[str, Tensor]]) -> list[LosslessRow]:
         rows: dict[str, LosslessRow] = {}
         with ExitStack() as stack, progress() as bars:
             drafting = copy.deepcopy(self.plain)
             state = stack.enter_context(pruned(drafting, self.config))
+            if self.replay is not None:
+                state.replay_acceptance(self.replay)
             ways = dict(self._ways(drafting))
             bar = bars.add_task("decoding", total=len(ways) * (len(texts) + self._warm_ups))
             for label, way in ways.items():
@@ -130,6 +143,8 @@ class LosslessBench:
         yield "lossless eager", self._way(drafting)
         if self.compiled:
             yield "lossless compiled", self._way(drafting, **static)
+        if self.replay is not None:
+            return
         yield "prompt lookup (transformers)", self._way(self.plain, prompt_lookup_num_tokens=LOOKUP)
         if self.assistant is not None:
             yield "assistant (transformers)", self._way(self.plain, assistant_model=self.assistant)

@@ -162,24 +162,16 @@ def bench(args: argparse.Namespace) -> None:
     check_folders(args.json)
     check_pictures(args.plot)
     ratios, selections, layouts = numbers(args.ratios), listed(args.selections), listed(args.layouts)
-    import torch
     from rich.console import Console
 
     from popmm.cli.bench import Bench, ways
     from popmm.cli.bench_rows import bench_table, machine, save_json
     from popmm.cli.plots import bench_figure
-    from popmm.cli.shapes import random_model, shape_config
     from popmm.zoo.encoding import check_length
-    from popmm.zoo.loading import DTYPES
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.model is not None:
-        model, _ = load_from(args)
-    else:
-        dtype = DTYPES[args.dtype or ("float32" if device == "cpu" else "bfloat16")]
-        model = random_model(shape_config(args.shape, args.layers, args.tiny), dtype, device)
+    model = load_from(args)[0] if args.model is not None else _random_model(args)
     check_length(model, args.prompt_tokens, args.new_tokens)
-    compiled = args.compiled if args.compiled is not None else device != "cpu"
+    compiled = args.compiled if args.compiled is not None else model.device.type != "cpu"
     if args.int8 and importlib.util.find_spec("torchao") is None:
         print("no int8 row: torchao is not installed (pip install torchao)", file=sys.stderr)
         args.int8 = False
@@ -197,35 +189,56 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def _bench_lossless(args: argparse.Namespace) -> None:
-    if args.model is None:
+    if (args.replay is None) != (args.model is not None):
         raise ValueError(
-            "--lossless measures how often drafts are accepted, which random weights cannot tell: give --model"
+            "--lossless measures how often drafts are accepted: give --model, whose weights are trained, or --shape "
+            "with --replay 0.94, say, the rate at which drafted tokens are taken to stand"
         )
     for name in ("prompt_tokens", "new_tokens", "texts"):
         if getattr(args, name) < 2:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 2 or more")
+    if args.replay is not None and not 0 <= args.replay <= 1:
+        raise ValueError(f"--replay {args.replay}: give a rate from 0 to 1, such as 0.94")
     check_folders(args.json)
     rest = None if args.rest_bits == PLAIN_BITS else args.rest_bits
     config = PopConfig(lossless=True, draft_tokens=args.draft_tokens, rest_bits=rest)
     from rich.console import Console
 
-    from popmm.cli.bench_lossless import LosslessBench, lossless_table, prompts, save_lossless
+    from popmm.cli.bench_lossless import LosslessBench, lossless_table, prompts, random_prompts, save_lossless
     from popmm.zoo.encoding import check_length, tokenizer_of
 
-    model, processor = load_from(args)
+    if args.model is not None:
+        model, processor = load_from(args)
+        texts = prompts(model, tokenizer_of(processor), args.text, args.texts, args.prompt_tokens)
+    else:
+        model = _random_model(args)
+        texts = random_prompts(model, args.texts, args.prompt_tokens)
+    check_length(model, args.prompt_tokens, args.new_tokens)
     assistant = None
     if args.assistant is not None:
         assistant, _ = load_from(argparse.Namespace(**{**vars(args), "model": args.assistant}))
-    check_length(model, args.prompt_tokens, args.new_tokens)
-    texts = prompts(model, tokenizer_of(processor), args.text, args.texts, args.prompt_tokens)
     compiled = args.compiled if args.compiled is not None else True
-    found = LosslessBench(model, config, args.new_tokens, compiled, assistant).run(texts)
+    found = LosslessBench(model, config, args.new_tokens, compiled, assistant, args.replay).run(texts)
     dtype = str(model.dtype).removeprefix("torch.")
-    title = f"{args.model}, {dtype}, {len(texts)} texts of {args.new_tokens} new tokens"
+    title = f"{args.model or args.shape}, {dtype}, {len(texts)} texts of {args.new_tokens} new tokens"
+    if args.replay is not None:
+        title += f"; random weights, drafted tokens taken to stand at {args.replay}"
     Console(width=160).print(lossless_table(found, title))
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot")}
         save_lossless(args.json, {**settings, "title": title}, found)
+
+
+def _random_model(args: argparse.Namespace):
+    """Random weights at the sizes of ``--shape``."""
+    import torch
+
+    from popmm.cli.shapes import random_model, shape_config
+    from popmm.zoo.loading import DTYPES
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[args.dtype or ("float32" if device == "cpu" else "bfloat16")]
+    return random_model(shape_config(args.shape, args.layers, args.tiny), dtype, device)
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--draft-tokens", type=int, help="lossless: tokens to draft in a row (as many as pay)")
     bench.add_argument("--text", type=Path, help="lossless: a text, or .jsonl of questions (the model's own samples)")
     bench.add_argument("--texts", type=int, default=12, help="lossless: prompts to go on with (%(default)s)")
+    bench.add_argument("--replay", type=float, help="lossless, with --shape: the rate at which drafted tokens stand")
     bench.add_argument("--assistant", help="lossless: a small model that drafts for transformers, a row of its own")
     bench.add_argument("--json", type=Path, help="also write the rows here")
     bench.add_argument("--plot", type=Path, help="also draw speed-up against bytes here")

@@ -32,6 +32,17 @@ def accepted(drafted: Tensor, chosen: Tensor) -> Tensor:
     return (drafted == chosen[:-1]).long().cumprod(0).sum()
 
 
+class Replay:
+    """In place of ``accepted``: each token stands at a rate if those before it did, whatever the model chose."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self._generator = rate, torch.Generator("cpu").manual_seed(0)
+
+    def __call__(self, drafted: Tensor, chosen: Tensor) -> int:
+        stands = torch.rand(len(drafted), generator=self._generator, device="cpu") < self.rate
+        return int(stands.long().cumprod(0).sum())
+
+
 def expected(rate: float, width: int) -> float:
     """Tokens that a round of ``width`` drafted ones yields, of which each stands at ``rate`` if those before did."""
     return sum(rate**i for i in range(width + 1))

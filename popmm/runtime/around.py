@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popmm.method.drafts import accepted
 from popmm.runtime.padding import counted_tokens, first_copies
 from popmm.runtime.passes import GenerateWatch
 
@@ -24,6 +25,8 @@ class Around:
         self.copies = 1  # of each prompt in the batch, one after the other: beams, several sequences
         self.watch: GenerateWatch | None = None  # of the generate call in progress
         self.kind = ""  # of the passes of lossless decoding: "draft", "verify" or "dense"
+        # how many of a draft's tokens do; on random weights measurements replay what trained ones accept
+        self.stands: Callable[[Tensor, Tensor], Tensor | int] = accepted
         self.why_dense = ""  # no drafts in the generate call in progress
         self._read_modalities: ReadModalities | None = None
 

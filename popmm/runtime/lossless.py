@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from popmm import compat
-from popmm.method.drafts import accepted, choose
+from popmm.method.drafts import choose
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.noise import Noise
 from popmm.runtime.passes import warn_dense
@@ -136,9 +136,10 @@ class Rounds:
         start = time.perf_counter()
         output = self.steps("verify" if width else "dense", ids, width + 1 + padding, kwargs)
         tokens, scores, logits = self._chosen(ids[:, : before + width], _logits(output, ids, width + 1 + padding))
-        stood = int(accepted(ids[0, before : before + width], tokens))
+        drafted = ids[0, before : before + width]
+        stood = int(self.drafts.runner.around.stands(drafted, tokens))
         checked_in = time.perf_counter() - start
-        taken = self._take(tokens[: stood + 1], scores, logits, output)
+        taken = self._take(torch.cat([drafted[:stood], tokens[stood : stood + 1]]), scores, logits, output)
         if self.drafting:
             self.held += taken
             self.drafts.crop(cache, width + 1 + padding - taken)

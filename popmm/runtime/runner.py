@@ -2,7 +2,7 @@
 
 A pass is prefill when it starts a sequence (empty cache) or brings several tokens, and decode when it
 brings one token per sequence to a partitioned model. A prefill pass on a cache that already holds tokens
-(chat turns, chunked prefill, assisted verification) adds to the statistics of that cache. One token on a cache whose
+(chat turns, chunked prefill) adds to the statistics of that cache. One token on a cache whose
 prompt popmm has not read is neither: it runs dense.
 """
 

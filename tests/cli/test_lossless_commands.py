@@ -66,10 +66,21 @@ def test_prompts_from_texts_and_questions(tmp_path):
         prompts(model, tokenizer, text, 3, 5000)
 
 
+def test_random_weights_replay_an_acceptance(tmp_path):
+    file = tmp_path / "rows.json"
+    how = ["--shape", "dense-2k", "--tiny", "--no-compiled", "--texts", "2", "--prompt-tokens", "8"]
+    draft = ["--draft-tokens", "4", "--replay", "1", "--new-tokens", "21"]
+    assert main(["bench", "--lossless", *how, *draft, "--json", str(file)]) == 0
+    data = json.loads(file.read_text())
+    assert [row["row"] for row in data["rows"]] == ["dense eager", "lossless eager"]
+    assert data["rows"][1]["tokens_per_round"] == 5 and "random weights" in data["settings"]["title"]
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
         (["bench", "--lossless", "--shape", "dense-2k"], "give --model"),
+        (["bench", "--lossless", "--shape", "dense-2k", "--replay", "1.5"], "from 0 to 1"),
         (["bench", "--lossless", "--model", "zoo:stories", "--texts", "1"], "2 or more"),
         (["generate", "--draft-tokens", "4"], "belongs to lossless"),
         (["generate", "--lossless", "--weights", "replace"], "whole model"),
