@@ -22,8 +22,10 @@ from popmm.compat.caches import (
     holds_state,
     is_static,
     keep_past,
+    mark,
     stays_compiled,
     tokens_in,
+    undo,
 )
 from popmm.compat.generation import (
     CACHE_LENGTH,
@@ -112,6 +114,7 @@ __all__ = [
     "is_static",
     "keep_past",
     "load_again",
+    "mark",
     "optimised_for_decode",
     "other_way",
     "prefill",
@@ -121,4 +124,5 @@ __all__ = [
     "static_cache_signature",
     "stays_compiled",
     "tokens_in",
+    "undo",
 ]

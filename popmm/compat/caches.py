@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, StaticCache
-from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 __all__ = ["Cache", "StaticCache"]
 
@@ -110,12 +110,39 @@ def can_crop(cache: Cache | None) -> bool:
 
 def crop(cache: Cache, n_tokens: int) -> None:
     """Takes tokens off the end of a cache. To be called with 0 too: what slides drops then what it no longer needs."""
-    if stays_compiled(cache):
-        for layer in cache.layers:  # transformers 5.17 has no crop for them
-            if n_tokens:
-                layer.cumulative_length.sub_(n_tokens)
-    else:
-        cache.crop(-n_tokens)
+    for layer in cache.layers:
+        _crop(layer, n_tokens)
+
+
+def _crop(layer, n_tokens: int) -> None:
+    if type(layer) is StaticLayer:  # transformers 5.17 has no crop for it
+        if n_tokens:
+            layer.cumulative_length.sub_(n_tokens)
+    elif getattr(layer, "is_initialized", True):
+        layer.crop(-n_tokens)
+
+
+Marks = list[tuple[DynamicSlidingWindowLayer, Tensor, Tensor, int]]
+
+
+def mark(cache: Cache) -> Marks:
+    """What sliding windows hold before some steps, to be undone by ``undo``: they forget tokens as they go on."""
+    found = []
+    for layer in cache.layers:
+        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+            layer.record_past = False
+            found.append((layer, layer.keys, layer.values, layer.cumulative_length))
+    return found
+
+
+def undo(cache: Cache, marks: Marks, n_tokens: int) -> None:
+    """Takes the tokens of some steps off a cache."""
+    for layer, keys, values, length in marks:  # which each step made anew
+        layer.keys, layer.values, layer.cumulative_length, layer.record_past = keys, values, length, True
+    marked = {id(layer) for layer, *_ in marks}
+    for layer in cache.layers:
+        if id(layer) not in marked:
+            _crop(layer, n_tokens)
 
 
 def keep_past(cache: Cache, keeps: bool) -> None:

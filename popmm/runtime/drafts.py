@@ -48,9 +48,20 @@ class Drafts:
             return "nothing is pruned, so there is nothing to draft with"
         return "" if runner.stateless else runner.why_not(runner.sequences.on(cache))
 
+    @contextmanager
+    def taken_back(self, cache: compat.Cache, n_tokens: int) -> Iterator[None]:
+        """Takes tokens that were read inside off the cache again."""
+        marks = compat.mark(cache)
+        yield
+        compat.undo(cache, marks, n_tokens)
+        self._note(cache, n_tokens)
+
     def crop(self, cache: compat.Cache, n_tokens: int) -> None:
         """Takes tokens off a cache."""
         compat.crop(cache, n_tokens)
+        self._note(cache, n_tokens)
+
+    def _note(self, cache: compat.Cache, n_tokens: int) -> None:
         known = self.runner.sequences.on(cache)
         if known is not None:
             remember_length(cache, known, -n_tokens)

@@ -26,8 +26,9 @@ class Kinds:
         sequences: of the model's caches, forgotten by ``reset``.
     """
 
-    def __init__(self, phase: Phase, partitions: Partitions, around: Around) -> None:
+    def __init__(self, phase: Phase, partitions: Partitions, around: Around, refresh_every: int) -> None:
         self.phase, self.partitions, self.around = phase, partitions, around
+        self.refreshing = f"refreshes the partition (refresh_every={refresh_every})"
         self.passes = Passes()
         self.sequences = Sequences(partitions.identity)
 
@@ -109,7 +110,7 @@ class Kinds:
         if sequence.has_tokens:
             self.partitions.activate(sequence)
         if prompt.refreshes:
-            self.seen("dense", "refreshes the partition (refresh_every)")
+            self.seen("dense", self.refreshing)
         else:
             self.seen("prompt", begins=prompt.past == 0 and cache is not None)
         return output

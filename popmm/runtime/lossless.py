@@ -117,18 +117,25 @@ class Rounds:
             width = min(width, self.room - self.held - self.steps.widest)
         return max(0, width)
 
-    def _round(self, cache: compat.Cache, width: int) -> None:
-        before, kwargs, ids = self.ids.shape[1], dict(self.kwargs), self.ids
-        start = time.perf_counter()
+    def _draft(self, width: int) -> tuple[Tensor, dict[str, Any], Any]:
+        """The text so far with ``width`` more tokens; and what the next step is made of."""
+        kwargs, ids, output = dict(self.kwargs), self.ids, None
         for place in range(width):
             output = self.steps("draft", ids, 1, kwargs)
             kwargs = compat.follow(self.model, output, kwargs, 1)
             scores = self.processors(ids, _logits(output, ids))
             token = choose(scores, None if self.noise is None else self.noise.at(place, scores))
             ids = torch.cat([ids, token[:, None]], dim=-1)
-        drafted_in = time.perf_counter() - start
+        return ids, kwargs, output
+
+    def _round(self, cache: compat.Cache, width: int) -> None:
+        before, start = self.ids.shape[1], time.perf_counter()
         if width:
-            self.drafts.crop(cache, width)
+            with self.drafts.taken_back(cache, width):
+                ids, kwargs, output = self._draft(width)
+        else:
+            ids, kwargs = self.ids, self.kwargs
+        drafted_in = time.perf_counter() - start
         padding = self.steps.padding(width)
         if padding:
             ids = torch.cat([ids, ids[:, -1:].expand(1, padding)], dim=-1)

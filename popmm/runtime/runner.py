@@ -40,7 +40,7 @@ class Runner:
         self.refresh_every = refresh_every
         self.stateless = stateless  # one partition, of the weights, serves every sequence
         self.around = Around()
-        self.kinds = Kinds(phase, partitions, self.around)
+        self.kinds = Kinds(phase, partitions, self.around, refresh_every)
 
     @property
     def passes(self) -> Passes:
