@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from popmm.cli.bench_lossless import lossless_markdown
 from popmm.cli.bench_rows import BenchRow, bench_markdown
 
 
@@ -21,7 +22,10 @@ def main() -> int:
     machine = runs[0]["machine"]
     print(f"\n{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}")
     for run in runs:
-        print(f"\n{run['settings']['title']}\n\n{bench_markdown([BenchRow(**row) for row in run['rows']])}")
+        rows = run["rows"]
+        drafts = "tokens_per_round" in rows[0]
+        table = lossless_markdown(rows) if drafts else bench_markdown([BenchRow(**row) for row in rows])
+        print(f"\n{run['settings']['title']}\n\n{table}")
     (folder / "suite.json").write_text(json.dumps(runs, indent=1) + "\n")
     return 0
 

@@ -103,6 +103,8 @@ SETTINGS = {
         **MLA,
     ),
     "bitnet": tiny.COMMON,
+    "lfm2": dict(tiny.COMMON, layer_types=["conv", "full_attention"]),
+    "falcon_h1": dict(tiny.COMMON, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
     "mamba": dict(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4, pad_token_id=0),
     "rwkv": dict(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, intermediate_size=64, context_length=32),
     "jetmoe": dict(SMALL, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, kv_channels=8),

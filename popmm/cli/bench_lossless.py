@@ -154,22 +154,35 @@ class LosslessBench:
         return lambda inputs: timed_generate(model, inputs, **length, **how)
 
 
+COLUMNS = ("tokens/s", "speed-up", "same texts", "tokens/round", "accepted", "by place")
+
+
+def _cells(row: dict) -> list[str]:
+    return [
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['speed_up']:.2f}",
+        f"{row['same_texts']} of {row['texts']}",
+        "-" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}",
+        "-" if row["acceptance"] is None else f"{row['acceptance']:.3f}",
+        " ".join(f"{share:.2f}" for share in row["accepted_by_place"]) or "-",
+    ]
+
+
 def lossless_table(rows: list[LosslessRow], title: str) -> Table:
+    """Rows for people."""
     table = Table(box=box.SIMPLE_HEAD, title=title)
-    for name in ("", "tokens/s", "speed-up", "same texts", "tokens/round", "accepted", "by place"):
-        table.add_column(name, justify="right" if name else "left")
+    table.add_column("")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
     for row in rows:
-        own = row.as_data()
-        table.add_row(
-            row.row,
-            f"{row.tokens_per_second:.1f}",
-            f"{row.speed_up:.2f}",
-            f"{row.same_texts} of {len(row.rates)}",
-            "-" if own["tokens_per_round"] is None else f"{own['tokens_per_round']:.2f}",
-            "-" if own["acceptance"] is None else f"{own['acceptance']:.3f}",
-            " ".join(f"{share:.2f}" for share in own["accepted_by_place"]) or "-",
-        )
+        table.add_row(row.row, *_cells(row.as_data()))
     return table
+
+
+def lossless_markdown(rows: list[dict]) -> str:
+    """Rows of a JSON file as a Markdown table."""
+    lines = ["| row | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    return "\n".join(lines + [f"| {row['row']} | {' | '.join(_cells(row))} |" for row in rows])
 
 
 def save_lossless(file: Path, settings: dict, rows: list[LosslessRow]) -> None:

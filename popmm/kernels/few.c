@@ -16,7 +16,14 @@ typedef __m512 lanes;
 typedef __m512i piece;
 static inline piece piece_at(const uint16_t *from) { return _mm512_loadu_si512(from); }
 static inline lanes nothing(void) { return _mm512_setzero_ps(); }
-static inline float across(lanes a) { return _mm512_reduce_add_ps(a); }
+/* the sums of four at once */
+static inline void across(const lanes *a, int64_t step, float *out) {
+    __m256 half[ROWS];
+    for (int i = 0; i < ROWS; i++)
+        half[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i * step]), _mm512_extractf32x8_ps(a[i * step], 1));
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 #else
 typedef float half_lanes __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
@@ -34,10 +41,11 @@ static inline half_lanes wide(const uint16_t *from) {
 static inline piece piece_at(const uint16_t *from) { return (piece){wide(from), wide(from + STEP / 2)}; }
 static inline lanes nothing(void) { return (lanes){0}; }
 static inline lanes SUM(lanes acc, piece w, piece x) { return acc + w.low * x.low + w.high * x.high; }
-static inline float across(lanes a) {
-    float sum = 0;
-    for (int i = 0; i < STEP / 2; i++) sum += a[i];
-    return sum;
+static inline void across(const lanes *a, int64_t step, float *out) {
+    for (int i = 0; i < ROWS; i++) {
+        out[i] = 0;
+        for (int lane = 0; lane < STEP / 2; lane++) out[i] += a[i * step][lane];
+    }
 }
 #endif
 
@@ -62,8 +70,11 @@ static inline __attribute__((always_inline)) void block(const uint16_t *w, int64
             for (int i = 0; i < ROWS; i++) sum[i][t] = SUM(sum[i][t], own[i], v);
         }
     }
-    for (int i = 0; i < ROWS && r + i < n_rows; i++)
-        for (int t = 0; t < n; t++) out[t * n_rows + r + i] = across(sum[i][t]) + (bias ? bias[r + i] : 0);
+    for (int t = 0; t < n; t++) {
+        float found[ROWS];
+        across(&sum[0][t], MOST, found);
+        for (int i = 0; i < ROWS && r + i < n_rows; i++) out[t * n_rows + r + i] = found[i] + (bias ? bias[r + i] : 0);
+    }
 }
 
 #define OF(N)                                                  \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -23,6 +24,28 @@ class Clock(BaseStreamer):
     def end(self) -> None:
         if self.inner is not None:
             self.inner.end()
+
+
+class Stopwatch:
+    """Moments on a device, whose distances can be told once it has come past the later one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module = None if device.type == "cpu" else torch.get_device_module(device)
+
+    def now(self):
+        """A moment; waits for nothing."""
+        if self._module is None:
+            return time.perf_counter()
+        event = self._module.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start, end) -> float:
+        """Between two moments that have passed."""
+        if self._module is None:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
 
 def timed_generate(model, inputs: dict[str, Tensor], streamer: BaseStreamer | None = None, **settings):

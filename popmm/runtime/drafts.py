@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from popmm import compat
 from popmm.method.drafts import WIDEST, Pace
-from popmm.runtime.passes import CHECKS
 from popmm.runtime.runner import Runner
 from popmm.runtime.sequence import remember_length
 
@@ -36,7 +35,7 @@ class Drafts:
             phase.decoding = phase.step = drafts
             yield
             if runner.passes.total == before:  # compiled code does not pass by the runner
-                runner.kinds.seen("decode" if drafts else CHECKS)
+                runner.kinds.seen("decode") if drafts else runner.kinds.checked()
         finally:
             runner.around.kind, phase.checking, phase.step = "", False, False
             phase.idle(runner.partitions.active is not None)

@@ -47,6 +47,11 @@ class Kinds:
                 usual = CHECKED if kind == CHECKS else READ_AS_PROMPT
                 watch.after_prompt(kind, reason or usual, self.partitions.prunes and not self.around.kind)
 
+    def checked(self) -> None:
+        """Counts a pass by all weights: it checks what was drafted, unless nothing can be."""
+        why = self.around.why_dense if self.around.kind else ""
+        self.seen("dense" if why else CHECKS, why)
+
     def decode(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache):
         self.phase.decoding, self.phase.step, self.phase.shape = True, True, shape
         output = forward(*args, **kwargs)
@@ -68,7 +73,7 @@ class Kinds:
             phase.idle(self.partitions.active is not None)
         if known is not None:
             remember_length(cache, known, shape[1])
-        self.seen(CHECKS)
+        self.checked()
         return output
 
     def dense(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache, reason: str):

@@ -6,7 +6,6 @@ them once more, all at once, with the whole model. The tokens that it would have
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from popmm import compat
 from popmm.method.drafts import choose
+from popmm.runtime.clock import Stopwatch
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.noise import Noise
 from popmm.runtime.passes import warn_dense
@@ -72,6 +72,7 @@ class Rounds:
         self.steps = Steps(model, drafts, config, model_kwargs)
         self.pace = drafts.paces[self.steps.compiles]
         self.pace.begin()
+        self.watch = Stopwatch(ids.device)
 
     def run(self):
         cache = self._read_prompt()
@@ -105,6 +106,7 @@ class Rounds:
         kind = "none that we know" if cache is None else type(cache).__name__
         why = self.drafts.why_none(cache) if compat.can_crop(cache) else NO_CROP.format(kind)
         if why:
+            self.drafts.runner.around.why_dense = why
             warn_dense(why)
             return False
         self.room, self.held = compat.capacity(cache), int(compat.tokens_in(cache))
@@ -129,32 +131,32 @@ class Rounds:
         return ids, kwargs, output
 
     def _round(self, cache: compat.Cache, width: int) -> None:
-        before, start = self.ids.shape[1], time.perf_counter()
+        before, start = self.ids.shape[1], self.watch.now()
         if width:
             with self.drafts.taken_back(cache, width):
                 ids, kwargs, output = self._draft(width)
         else:
             ids, kwargs = self.ids, self.kwargs
-        drafted_in = time.perf_counter() - start
+        drafted_at = self.watch.now()
         padding = self.steps.padding(width)
         if padding:
             ids = torch.cat([ids, ids[:, -1:].expand(1, padding)], dim=-1)
             kwargs = compat.follow(self.model, output, kwargs, padding)
-        start = time.perf_counter()
         output = self.steps("verify" if width else "dense", ids, width + 1 + padding, kwargs)
         tokens, scores, logits = self._chosen(ids[:, : before + width], _logits(output, ids, width + 1 + padding))
-        drafted = ids[0, before : before + width]
+        drafted, checked_at = ids[0, before : before + width], self.watch.now()
         stood = int(self.drafts.runner.around.stands(drafted, tokens))
-        checked_in = time.perf_counter() - start
         taken = self._take(torch.cat([drafted[:stood], tokens[stood : stood + 1]]), scores, logits, output)
         if self.drafting:
             self.held += taken
             self.drafts.crop(cache, width + 1 + padding - taken)
-        self.drafts.runner.passes.drafts(width, stood, taken)
+            self.drafts.runner.passes.drafts(width, stood, taken)
         if width:
             self.pace.drafted(width, stood)
         if self.steps.warm:
+            checked_in = self.watch.seconds(drafted_at, checked_at)
             if width:
+                drafted_in = self.watch.seconds(start, drafted_at)
                 self.pace.took(draft=drafted_in / width, verify=(width + 1 + padding, checked_in))
             else:
                 self.pace.took(dense=checked_in)

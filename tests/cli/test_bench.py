@@ -89,7 +89,11 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads((tmp_path / "suite.json").read_text())
-    rows = [row for result in results for row in result["rows"]]
+    drafts = [result["rows"] for result in results if "tokens_per_round" in result["rows"][0]]
+    assert [row["row"] for row in drafts[0]] == [
+        f"{n} {how}" for n in ("dense", "lossless") for how in ("eager", "compiled")
+    ]
+    rows = [row for result in results for row in result["rows"] if "recompilations" in row]
     labels = {row["row"] for row in rows} - {"dense int8 (torchao), compiled"}  # where torchao is installed
     assert labels == {"dense eager", "dense compiled", "keep 20%", "gate4 20%", "tiers 20%"}
     assert all(row["recompilations"] == 0 for row in rows if not row["row"].startswith("dense"))
