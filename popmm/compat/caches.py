@@ -122,47 +122,62 @@ def _crop(layer, n_tokens: int) -> None:
         layer.crop(-n_tokens)
 
 
-Marks = list[tuple[DynamicSlidingWindowLayer, Tensor, Tensor, int]]
+Marks = list[tuple[Any, dict[str, Any]]]
 
 
 def mark(cache: Cache) -> Marks:
-    """What sliding windows hold before some steps, to be undone by ``undo``: they forget tokens as they go on."""
+    """What a cache's layers hold, for ``undo``. Static ones are written in place, up to their length."""
     found = []
     for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
-            layer.record_past = False
-            found.append((layer, layer.keys, layer.values, layer.cumulative_length))
+        if isinstance(layer, StaticLayer):
+            found.append((layer, {"cumulative_length": layer.cumulative_length.clone()}))
+        else:  # of which each step makes new tensors
+            parts = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+            found.append((layer, {name: list(v) if isinstance(v, list) else v for name, v in parts.items()}))
     return found
 
 
-def undo(cache: Cache, marks: Marks, n_tokens: int) -> None:
-    """Takes the tokens of some steps off a cache."""
-    for layer, keys, values, length in marks:  # which each step made anew
-        layer.keys, layer.values, layer.cumulative_length, layer.record_past = keys, values, length, True
-    marked = {id(layer) for layer, *_ in marks}
-    for layer in cache.layers:
-        if id(layer) not in marked:
-            _crop(layer, n_tokens)
+def undo(marks: Marks) -> None:
+    """Takes off a cache what was read since, be it that a step ended half way."""
+    for layer, held in marks:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.copy_(held["cumulative_length"])
+        else:
+            vars(layer).update(held)
 
 
-def keep_past(cache: Cache, keeps: bool) -> None:
-    """Whether layers that slide, or hold states, keep what ``crop`` needs, until it is called."""
-    if keeps:
-        cache.activate_past_recording()
-        return
+def slide(cache: Cache) -> None:
+    """Has sliding windows forget as they go on, and no longer wait for ``crop``: their masks count on that."""
     for layer in cache.layers:
-        if getattr(layer, "record_past", False):
+        if type(layer) is DynamicSlidingWindowLayer:
             layer.record_past = False
 
 
-def hold_all(cache: Cache) -> None:
+def recording(cache: Cache) -> list[bool | None]:
+    """Which layers keep what ``crop`` needs, until it is called."""
+    return [getattr(layer, "record_past", None) for layer in cache.layers]
+
+
+def keep_past(cache: Cache) -> None:
+    """Has layers that slide, or hold states, keep what ``crop`` needs, until it is called."""
+    cache.activate_past_recording()
+
+
+def set_recording(cache: Cache, before: list[bool | None]) -> None:
+    """As ``recording`` has found it."""
+    for layer, records in zip(cache.layers, before):
+        if records is not None:
+            layer.record_past = records
+
+
+def hold_all(cache: Cache, length: int) -> None:
     """Has the sliding windows of a new static cache hold all tokens, so that tokens can be taken off it.
 
     What a layer attends to follows from its mask, which is as long as what the cache holds.
     """
     for i, layer in enumerate(cache.layers):
         if type(layer) is StaticSlidingWindowLayer:
-            cache.layers[i] = StaticLayer(max(own.max_cache_len for own in cache.layers))
+            cache.layers[i] = StaticLayer(length)
 
 
 def capacity(cache: Cache) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 import threading
@@ -61,14 +62,20 @@ def static_cache_signature(prepare: Callable) -> inspect.Signature | None:
     return None
 
 
+def bound_call(generate: Callable, args: tuple, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """A ``generate`` call's arguments by name, whatever way they were given."""
+    return inspect.signature(generate).bind_partial(*args, **kwargs)
+
+
 def generate_settings(generate: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Callable[[str], Any]:
     """Reads a setting of a ``generate`` call, given by keyword, in a configuration of any place, or the model's own."""
-    bound = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
+    bound = bound_call(generate, args, kwargs).arguments
+    bound = {**bound, **bound.get("kwargs", {})}
     given = bound.get("generation_config")
     own = getattr(getattr(generate, "__self__", None), "generation_config", None)
 
     def read(name: str) -> Any:
-        for value in (kwargs.get(name), getattr(given, name, None), getattr(own, name, None)):
+        for value in (bound.get(name), getattr(given, name, None), getattr(own, name, None)):
             if value is not None:
                 return value
         return None
@@ -91,7 +98,20 @@ OTHER_WAYS = {
     "guidance_scale": 1,
     "output_attentions": None,
     "output_hidden_states": None,
+    "is_assistant": None,  # the other model's loop crops the cache
+    "watermarking_config": None,  # counts the texts that it is given
 }
+EXTRACT = "_extract_generation_mode_kwargs"  # by which ``generate`` tells what its way of decoding is to be given
+
+
+def keeping_arguments(extract: Callable, decode: Callable) -> Callable:
+    """That step of ``generate``, which drops the tokenizer and the streamer of a ``custom_generate``: not of ours."""
+
+    @functools.wraps(extract)
+    def keep(custom_generate, *args, **kwargs):
+        return extract(None if custom_generate is decode else custom_generate, *args, **kwargs)
+
+    return keep
 
 
 def other_way(setting: Callable[[str], Any]) -> str:
@@ -123,8 +143,17 @@ def inputs_of_step(model: nn.Module, ids: Tensor, n_tokens: int, model_kwargs: d
 
 
 def follow(model: nn.Module, output, model_kwargs: dict[str, Any], n_tokens: int) -> dict[str, Any]:
-    """What the next step is made of, after so many new tokens."""
-    return model._update_model_kwargs_for_generation(output, dict(model_kwargs), num_new_tokens=n_tokens)
+    """What the next step is made of, after so many new tokens, one after the other."""
+    model_kwargs = dict(model_kwargs)
+    for _ in range(n_tokens):  # at once some models count one
+        model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+    return model_kwargs
+
+
+def ends(generation_config) -> set[int]:
+    """Tokens that end a text."""
+    given = getattr(generation_config, "_eos_token_tensor", None)
+    return set() if given is None else set(given.flatten().tolist())
 
 
 def compiles(model: nn.Module, model_kwargs: dict[str, Any], generation_config) -> bool:
@@ -138,7 +167,8 @@ def compile_settings(config) -> dict[str, Any]:
     return {**given, "dynamic": False, "fullgraph": True}
 
 
-NOT_COMPILED = (torch._dynamo.exc.TorchDynamoException,)  # what cannot be compiled raises when it is first called
+# what cannot be compiled, or not once more, raises before it runs
+NOT_COMPILED = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 
 
 def optimised_for_decode(model: nn.Module):

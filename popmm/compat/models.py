@@ -83,3 +83,17 @@ def is_exporting() -> bool:
     # torch 2.11's compiler takes is_exporting() for true in whatever it compiles, but reads the flag behind it
     exporting = getattr(torch.compiler, "_is_exporting_flag", None)
     return (torch.compiler.is_exporting() if exporting is None else exporting) or torch.jit.is_tracing()
+
+
+def rope_limit(config) -> int | None:
+    """Tokens up to which positions turn the same way in every pass; None = always.
+
+    Beyond it "dynamic" and "longrope" embeddings turn all positions of a pass by its furthest one.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = [parameters, *(own for own in parameters.values() if isinstance(own, dict))]
+    turning = [own for own in kinds if own.get("rope_type") in ("dynamic", "longrope")]
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    found = [value for own in turning for name in names for value in (own.get(name), getattr(text, name, None))]
+    return min((value for value in found if value), default=None)

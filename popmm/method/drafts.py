@@ -15,8 +15,9 @@ from torch import Tensor
 
 WIDEST = 6  # tokens of a draft
 KEEPS = 0.9  # of what was known of acceptance and costs, from one round to the next
-PRIOR = 4.0  # tokens that what is known of earlier texts counts for, at the start of one
+PRIOR = 2.0  # tokens that what is known of earlier texts counts for, at the start of one
 MARGIN = 0.98  # of the dense step's time per token, below which drafting is worth it
+CREDIT, ALLOWED = 1.0, 0.03  # what drafts may cost a text: in dense steps, and of each of its tokens' dense time
 FIRST_PROBE = 16  # tokens after which a text that is not worth drafting is tried again; twice as many each time
 
 
@@ -28,8 +29,9 @@ def choose(scores: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def accepted(drafted: Tensor, chosen: Tensor) -> Tensor:
-    """How many of the drafted tokens ``[g]`` stand, by what the model chose at their places and after, ``[g + 1]``."""
-    return (drafted == chosen[:-1]).long().cumprod(0).sum()
+    """How many of the drafted tokens stand, by what the model chose at their places, ``[n]``, and maybe after them."""
+    n = min(len(drafted), len(chosen))
+    return (drafted[:n] == chosen[:n]).long().cumprod(0).sum()
 
 
 class Replay:
@@ -64,7 +66,11 @@ class Costs:
 
 
 class Pace:
-    """How many tokens to draft, from the acceptance of the text at hand and the costs of passes on this machine."""
+    """How many tokens to draft, from the acceptance of the text at hand and the costs of passes on this machine.
+
+    What drafts have cost a text more than dense steps is bounded: then it goes on with those until they have made up
+    for it (``ALLOWED`` of their time, and ``CREDIT`` steps).
+    """
 
     def __init__(self, fixed: int | None = None) -> None:
         self.fixed = fixed
@@ -77,6 +83,7 @@ class Pace:
         self._stood, self._tried = self._usual * PRIOR, PRIOR
         self._idle, self._patience = 0, FIRST_PROBE
         self._measured = 0  # dense steps of this text
+        self._tokens, self._loss = 0, 0.0  # decoded, and the seconds that they took more than dense steps
 
     @property
     def rate(self) -> float:
@@ -89,8 +96,10 @@ class Pace:
         costs = self.costs
         if costs.dense is None or self._measured == 0:
             return 0
+        if self._loss > costs.dense * (CREDIT + ALLOWED * self._tokens):
+            return 0
         if costs.draft is None or not costs.verify:
-            return min(4, WIDEST)
+            return 2
         best = min(range(1, WIDEST + 1), key=self._per_token)
         if self._per_token(best) < MARGIN * costs.dense:
             self._idle, self._patience = 0, FIRST_PROBE
@@ -109,19 +118,32 @@ class Pace:
         """A round is over, in which so many of the drafted tokens stood."""
         tried = stood + (stood < width)
         self._stood, self._tried = KEEPS * self._stood + stood, KEEPS * self._tried + tried
-        self._usual += 0.01 * tried * (stood / tried - self._usual)
+        self._usual += 0.03 * tried * (stood / tried - self._usual)
 
-    def took(self, dense: float | None = None, draft: float | None = None, verify: tuple[int, float] | None = None):
-        """Times of passes, in seconds: of a dense step, of one drafted token, of verifying so many tokens."""
+    def took(
+        self,
+        tokens: int,
+        dense: float | None = None,
+        draft: tuple[int, float] | None = None,
+        verify: tuple[int, float] | None = None,
+    ) -> None:
+        """Times of a round's passes, in seconds, which gave so many tokens.
+
+        Args:
+            dense: a step of one token; or
+            draft, verify: so many tokens drafted, and so many read at once.
+        """
         costs = self.costs
+        self._tokens += tokens
         if dense is not None:
             self._measured += 1
             costs.dense = _mean(costs.dense, dense)
-        if draft is not None:
-            costs.draft = _mean(costs.draft, draft)
-        if verify is not None:
-            tokens, seconds = verify
-            costs.verify[tokens] = _mean(costs.verify.get(tokens), seconds)
+            return
+        (drafted, drafting), (checked, checking) = draft, verify
+        costs.draft = _mean(costs.draft, drafting / drafted)
+        costs.verify[checked] = _mean(costs.verify.get(checked), checking)
+        if costs.dense is not None:
+            self._loss += drafting + checking - tokens * costs.dense
 
 
 def _mean(before: float | None, new: float) -> float:

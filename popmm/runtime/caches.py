@@ -69,8 +69,8 @@ class StaticCaches:
             while len(self._caches) >= KEPT:
                 del self._caches[next(iter(self._caches))]
             self._caches[key] = cache = prepare(*bound.args, **bound.kwargs)
-            if self._lossless:
-                hold_all(cache)
+            if self._lossless and bound.arguments["batch_size"] == 1:
+                hold_all(cache, length)
             return cache
 
         return prepare_in_bucket

@@ -14,10 +14,11 @@ class Clock(BaseStreamer):
     """A streamer that notes when each token came, and hands it on."""
 
     def __init__(self, inner: BaseStreamer | None) -> None:
-        self.inner, self.times = inner, []
+        self.inner, self.times, self.counts = inner, [], []
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.counts.append(value.numel())
         if self.inner is not None:
             self.inner.put(value)
 
@@ -58,6 +59,6 @@ def clocked_generate(model, inputs: dict, streamer: BaseStreamer | None = None, 
     """``(what generate returns, seconds per decoded token)`` at batch 1; nan if nothing was decoded."""
     clock = Clock(streamer)
     output = model.generate(**inputs, streamer=clock, **settings)
-    # put is called with the prompt, then with the token that the prompt pass chose, then once per decode step
-    steps = clock.times[1:]
-    return output, (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else math.nan
+    # put is called with the prompt, then with the token that the prompt pass chose, then with those of each step
+    steps, decoded = clock.times[1:], sum(clock.counts[2:])
+    return output, (steps[-1] - steps[0]) / decoded if decoded else math.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,13 +17,17 @@ class Drafts:
 
     Attributes:
         paces: by whether steps are compiled, which has its own costs.
-        forms: compiled passes by kind.
+        forms: compiled passes by kind and size of the cache.
+        ran: how often each form has run.
+        decode: what ``generate`` is to decode by.
     """
 
     def __init__(self, runner: Runner, fixed: int | None) -> None:
         self.runner, self.most = runner, fixed or WIDEST
         self.paces: dict[bool, Pace] = defaultdict(lambda: Pace(fixed))
-        self.forms: dict[str, Callable] = {}
+        self.forms: dict[tuple, Callable] = {}
+        self.ran: Counter[tuple] = Counter()
+        self.decode: Callable | None = None
 
     @contextmanager
     def as_kind(self, kind: str) -> Iterator[None]:
@@ -48,19 +52,38 @@ class Drafts:
         return "" if runner.stateless else runner.why_not(runner.sequences.on(cache))
 
     @contextmanager
-    def taken_back(self, cache: compat.Cache, n_tokens: int) -> Iterator[None]:
-        """Takes tokens that were read inside off the cache again."""
-        marks = compat.mark(cache)
-        yield
-        compat.undo(cache, marks, n_tokens)
-        self._note(cache, n_tokens)
+    def taken_back(self, cache: compat.Cache) -> Iterator[None]:
+        """Takes what is read inside off the cache again, be it interrupted."""
+        marks, seen = compat.mark(cache), self._seen(cache)
+        try:
+            compat.slide(cache)
+            yield
+        finally:
+            self._undo(cache, marks, seen)
+
+    @contextmanager
+    def whole_or_not(self, cache: compat.Cache) -> Iterator[None]:
+        """Takes what is read inside off the cache again if it is interrupted."""
+        marks, seen = compat.mark(cache), self._seen(cache)
+        try:
+            yield
+        except BaseException:
+            self._undo(cache, marks, seen)
+            raise
+
+    def _seen(self, cache: compat.Cache) -> int:
+        known = self.runner.sequences.on(cache)
+        return 0 if known is None else known.seen
+
+    def _undo(self, cache: compat.Cache, marks: compat.Marks, seen: int) -> None:
+        compat.undo(marks)
+        known = self.runner.sequences.on(cache)
+        if known is not None:
+            remember_length(cache, known, seen - known.seen)
 
     def crop(self, cache: compat.Cache, n_tokens: int) -> None:
         """Takes tokens off a cache."""
         compat.crop(cache, n_tokens)
-        self._note(cache, n_tokens)
-
-    def _note(self, cache: compat.Cache, n_tokens: int) -> None:
         known = self.runner.sequences.on(cache)
         if known is not None:
             remember_length(cache, known, -n_tokens)

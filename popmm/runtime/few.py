@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from popmm import kernels
@@ -24,7 +25,8 @@ def few_tokens(module: nn.Linear, phase: Phase) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
-        fits = phase.checking and not phase.released and x.dtype == weight.dtype and x.is_cpu
+        fits = phase.checking and not phase.released and x.dtype == weight.dtype == torch.bfloat16 and x.is_cpu
+        fits = fits and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
         if not fits or x.numel() > FEW_TOKENS * x.shape[-1] or kernels.needs_gradient(x):
             return own(x)
         return operators.few_linear(x, weight.detach(), None if bias is None else bias.detach())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,8 @@ class Steps:
         self.model, self.drafts = model, drafts
         self.compiles = compat.compiles(model, model_kwargs, config)
         self.compile_config = config.compile_config if self.compiles else None
-        self._ran: dict[str, int] = {}
-        self.warm = False  # whether the last rounds' passes had nothing to compile
+        self._ran: Counter[tuple] = Counter()  # in this generate
+        self.warm = False  # whether the last pass had nothing to compile
 
     @property
     def widest(self) -> int:
@@ -45,24 +46,27 @@ class Steps:
     def __call__(self, kind: str, ids: Tensor, n_tokens: int, kwargs: dict[str, Any]):
         """A pass over the last tokens of ids: ``"draft"``, ``"verify"`` or ``"dense"``."""
         inputs = compat.inputs_of_step(self.model, ids, n_tokens, kwargs)
-        ran = self._ran.get(kind, 0)
-        self._ran[kind] = ran + 1
-        self.warm = ran >= (WARM if self.compiles else 1)
-        step = self._form(kind) if self.compiles else _step
-        held = step is not _step and compat.stays_compiled(compat.find_cache(inputs))
+        cache = compat.find_cache(inputs)
+        form = kind, None if cache is None else compat.capacity(cache)
+        ran, before = self._ran[form], self.drafts.ran[form]
+        self._ran[form], self.drafts.ran[form] = ran + 1, before + 1
+        self.warm = before >= (WARM if self.compiles else 1)
+        step = self._compiled(form) if self.compiles else _step
+        held = step is not _step and compat.stays_compiled(cache)
         with self.drafts.as_kind(kind), held_after(ran if held else 0):
             try:
                 return step(self.model, inputs)
             except compat.NOT_COMPILED as error:  # before anything of it has run
-                self.drafts.forms[kind] = _step
+                self.drafts.forms[form] = _step
                 why = str(error).strip().splitlines()[0][:200]
                 warnings.warn(f"popmm: {kind} passes are not compiled: {why}", stacklevel=2)
                 return _step(self.model, inputs)
 
-    def _form(self, kind: str) -> Callable:
+    def _compiled(self, form: tuple) -> Callable:
         """The pass in one graph, so that none of its parts is compiled later than others."""
         forms = self.drafts.forms
-        if kind not in forms:
-            code = types.FunctionType(_step.__code__.replace(co_name=f"{kind}_step"), globals(), f"{kind}_step")
-            forms[kind] = torch.compile(code, **compat.compile_settings(self.compile_config))
-        return forms[kind]
+        if form not in forms:
+            name = "_".join(map(str, form))
+            code = types.FunctionType(_step.__code__.replace(co_name=name), globals(), name)
+            forms[form] = torch.compile(code, **compat.compile_settings(self.compile_config))
+        return forms[form]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from popmm.adapters.vlm import Surroundings
-from popmm.compat import CACHE_LENGTH, COMPILED, internal
+from popmm.compat import CACHE_LENGTH, COMPILED, EXTRACT, internal, keeping_arguments
 from popmm.runtime.attachment import Attachment
 from popmm.runtime.attention import attention_overrides
 from popmm.runtime.caches import StaticCaches
@@ -18,6 +18,7 @@ from popmm.runtime.experts_interface import ON_MODULE, dense_experts
 from popmm.runtime.few import few_overrides
 from popmm.runtime.freed import FreedWeights
 from popmm.runtime.integrity import Integrity, leads_to
+from popmm.runtime.lossless import drafting
 from popmm.runtime.overrides import Hook, Kept, Override
 from popmm.runtime.rest import RestLayer
 from popmm.runtime.runner import Runner
@@ -119,6 +120,9 @@ def _around_generate(
         "get_compiled_call": lambda call: compiled(call, runner),
         "_prefill": lambda call: chunked(call, runner),
     }
+    if drafts is not None:
+        drafts.decode = drafting(drafts)
+        around[EXTRACT] = lambda call: keeping_arguments(call, drafts.decode)
     if by_operators:
         around["_valid_auto_compile_criteria"] = lambda call: compiles_on_cpu(call, runner)
     for name, wrap in around.items():

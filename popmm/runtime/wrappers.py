@@ -17,6 +17,7 @@ from popmm.adapters.vlm import Surroundings
 from popmm.compat import (
     BATCHING_CALLS,
     CONTINUOUS_BATCHING,
+    bound_call,
     compile_on_cpu,
     find_cache,
     generate_settings,
@@ -29,7 +30,6 @@ from popmm.runtime.calls import Arguments, input_shape
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts_interface import check_switched
 from popmm.runtime.guards import held_after
-from popmm.runtime.lossless import drafting
 from popmm.runtime.runner import Runner
 
 
@@ -103,15 +103,26 @@ def exclusive(generate: Callable, runner: Runner, drafts: Drafts | None) -> Call
             fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
             with runner.around.generating(copies, fillers, drafts=bool(setting("is_assistant"))) as watch:
                 if drafts is not None:
-                    runner.around.why_dense = other_way(setting)
-                    if not runner.around.why_dense:
-                        kwargs["custom_generate"] = drafting(drafts, setting("streamer"))
+                    args, kwargs = _with_drafts(drafts, generate, args, kwargs, setting)
                 output = generate(*args, **kwargs)
             if not watch.begun:
                 runner.phase.warn_if_unwired()
             return output
 
     return exclusive_generate
+
+
+def _with_drafts(
+    drafts: Drafts, generate: Callable, args: tuple, kwargs: dict[str, Any], setting: Callable[[str], Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """A ``generate`` call that decodes by drafts, if they serve what it asks for."""
+    around = drafts.runner.around
+    around.why_dense = other_way(setting)
+    if around.why_dense:
+        return args, kwargs
+    call = bound_call(generate, args, kwargs)
+    call.arguments["custom_generate"] = drafts.decode
+    return call.args, call.kwargs
 
 
 def refused_batching(model: nn.Module, runner: Runner) -> list[tuple[nn.Module, str, Callable]]:

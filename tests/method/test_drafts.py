@@ -58,9 +58,9 @@ def simulate(rate, dense, draft, verify, tokens=400, pace=None):
         made += stood + 1
         if width:
             pace.drafted(width, stood)
-            pace.took(draft=draft, verify=(width + 1, verify))
+            pace.took(stood + 1, draft=(width, width * draft), verify=(width + 1, verify))
         else:
-            pace.took(dense=dense)
+            pace.took(1, dense=dense)
     return spent / made / dense
 
 
@@ -69,6 +69,13 @@ def test_drafts_where_they_pay_and_not_where_they_do_not():
     assert simulate(0.9, 1.0, 0.5, 1.1) < 0.82
     for rate, draft, verify in [(0.2, 0.5, 1.1), (0.9, 1.0, 1.2), (0.5, 0.6, 1.3), (0.8, 0.3, 3.0)]:
         assert simulate(rate, 1.0, draft, verify) < 1.05
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 0.7, 0.95])
+@pytest.mark.parametrize("draft, verify", [(0.4, 1.2), (0.9, 1.1), (0.4, 3.0)])
+def test_no_text_is_much_slower_than_dense(rate, draft, verify):
+    for tokens, most in ((16, 1.2), (64, 1.08), (128, 1.06)):
+        assert simulate(rate, 1.0, draft, verify, tokens=tokens) < most
 
 
 def test_a_pace_learns_from_text_to_text():
