@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from popmm.checks import is_number, layer_indices
 
 DEFAULT_PRUNING_RATIO = 0.4  # of the paper's own selections, and of gate
 DEFAULT_BYTES = 0.33  # of tiers: the fewest at which they lose little (docs/quality.md)
@@ -89,6 +90,8 @@ class PopConfig:
             seed. For one sequence at a time; all else decodes by all weights. The default is then ``bytes=0.25``.
         draft_tokens: with ``lossless``: tokens to draft in a row, 1 to 16; None = as many as pay, which may be none, by
             how many were accepted and by what passes cost on this machine.
+        waiting_calls: calls of other threads that may wait for their turn, in order, while one runs the model; any more
+            are refused. 0 = all.
         refresh_every: after so many decode steps one is dense: its token joins the statistics, and the
             partition is made anew. 0 = never (paper).
     """
@@ -115,6 +118,7 @@ class PopConfig:
     weights: Literal["keep", "replace"] = "keep"
     lossless: bool = False
     draft_tokens: int | None = None
+    waiting_calls: int = 0
 
     def __post_init__(self) -> None:
         if self.pruning_ratio is not None and self.ffn_ratio is not None:
@@ -133,7 +137,7 @@ class PopConfig:
             object.__setattr__(self, "pruning_ratio", DEFAULT_PRUNING_RATIO)
         for name in ("pruning_ratio", "ffn_ratio"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value < 1):
+            if value is not None and not (is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
         if self.selection is None:
             default = "gate" if self.bytes is None and self.weight_bits is None else "tiers"
@@ -152,12 +156,12 @@ class PopConfig:
         if bits in (8, 4) and self.candidate_fraction is not None:
             raise ValueError(f"gate_bits={bits} reads a quantised copy of all gate rows: give no candidate_fraction")
         gamma = self.candidate_fraction
-        if gamma is not None and not (_is_number(gamma) and 0 <= gamma <= 1):
+        if gamma is not None and not (is_number(gamma) and 0 <= gamma <= 1):
             raise ValueError(f"candidate_fraction={gamma!r}: give a number in [0, 1], such as 0.1")
-        if not (_is_number(self.prior_tokens) and 0 <= self.prior_tokens < math.inf):
+        if not (is_number(self.prior_tokens) and 0 <= self.prior_tokens < math.inf):
             raise ValueError(f"prior_tokens={self.prior_tokens!r}: give a number of tokens, 0 or more")
         balance = self.modality_balance
-        if balance is not None and not (_is_number(balance) and 0 < balance < 1):
+        if balance is not None and not (is_number(balance) and 0 < balance < 1):
             raise ValueError(
                 f"modality_balance={balance!r}: give the text tokens' share of the weight, a number between 0 and 1 "
                 "such as 0.5, or None"
@@ -171,9 +175,13 @@ class PopConfig:
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
         if self.rest_bits not in (PLAIN_BITS, *PLANE_BITS) or isinstance(self.rest_bits, bool):
             raise ValueError(f"rest_bits={self.rest_bits!r}: give 16 (as they are), 8, 7, 6, 5, 4 or 3")
-        every = self.refresh_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-            raise ValueError(f"refresh_every={every!r}: give a number of decode steps, or 0 for never")
+        for name, what in (
+            ("refresh_every", "decode steps, or 0 for never"),
+            ("waiting_calls", "calls, or 0 for none"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r}: give a number of {what}")
         if self.statistics == "weights":
             needed = {"refresh_every": 0, "modality_balance": None, "fill": "zero", "prefill": "dense"}
             self._check_plain(needed, "is about a prompt's statistics, and statistics='weights' takes none")
@@ -183,7 +191,7 @@ class PopConfig:
                 f"weights='replace' keeps the FFNs in the planes of selection='tiers', and this is {self.selection!r}: "
                 "give bytes=0.33, say, or weights='keep'"
             )
-        object.__setattr__(self, "skip_layers", _layer_indices(self.skip_layers))
+        object.__setattr__(self, "skip_layers", layer_indices(self.skip_layers))
 
     def _check_plain(self, needed: dict, why: str) -> None:
         """Settings that do not go with another."""
@@ -221,7 +229,7 @@ class PopConfig:
         """``bytes`` is a way to give the FFN ratio."""
         if self.bytes is None:
             return
-        same = self.pruning_ratio is None and _is_number(self.ffn_ratio) and self.ffn_ratio == 1 - self.bytes
+        same = self.pruning_ratio is None and is_number(self.ffn_ratio) and self.ffn_ratio == 1 - self.bytes
         if not same and (self.pruning_ratio is not None or self.ffn_ratio is not None):
             raise ValueError(
                 f"bytes={self.bytes} says what a token reads, pruning_ratio={self.pruning_ratio} and ffn_ratio="
@@ -229,7 +237,7 @@ class PopConfig:
             )
         if self.selection not in (None, "gate", "tiers"):
             raise ValueError(f"bytes={self.bytes} belongs to selection='tiers' or 'gate': give a ratio with this one")
-        if not (_is_number(self.bytes) and 0 < self.bytes <= 1):
+        if not (is_number(self.bytes) and 0 < self.bytes <= 1):
             raise ValueError(f"bytes={self.bytes!r}: give a share of the FFN's bytes at 16 bits, such as 0.25")
         object.__setattr__(self, "ffn_ratio", 1 - self.bytes)
 
@@ -279,17 +287,3 @@ class PopConfig:
                 if selection != owner:
                     changes.setdefault(name, default)
         return dataclasses.replace(self, **changes)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _layer_indices(value) -> tuple[int, ...]:
-    try:
-        indices = tuple(value)
-    except TypeError:
-        indices = (None,)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
-        raise ValueError(f"skip_layers={value!r}: give layer indices counted from 0, such as (0, 1)")
-    return tuple(sorted(set(indices)))

@@ -17,6 +17,7 @@ ORDER = ["cli", "evaluation", "surface", "runtime", "layouts", "adapters", "meth
 SURFACE = ("popmm", "popmm.attach", "popmm.state", "popmm.report", "popmm.budget", "popmm.conversation")
 BASE = (
     "popmm.config",
+    "popmm.checks",
     "popmm.compat",
     "popmm.compat.caches",
     "popmm.compat.generation",

@@ -17,7 +17,7 @@ WIDEST = 6  # tokens of a draft
 KEEPS = 0.9  # of what was known of acceptance and costs, from one round to the next
 PRIOR = 2.0  # tokens that what is known of earlier texts counts for, at the start of one
 MARGIN = 0.98  # of the dense step's time per token, below which drafting is worth it
-CREDIT, ALLOWED = 1.0, 0.03  # what drafts may cost a text: in dense steps, and of each of its tokens' dense time
+CREDIT, ALLOWED = 2.0, 0.03  # what drafts may cost a text: in dense steps, and of each of its tokens' dense time
 FIRST_PROBE = 16  # tokens after which a text that is not worth drafting is tried again; twice as many each time
 
 

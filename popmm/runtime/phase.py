@@ -12,7 +12,7 @@ from popmm.runtime.prompt import PromptPass
 class Phase:
     """Prefill, with a prompt to measure; decode; or neither, which is dense."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: int = 0) -> None:
         self.decoding = False  # between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None  # in progress
         self.step = False  # the pass in progress, or the last one, is a decode step: the output layer comes after it
@@ -21,7 +21,7 @@ class Phase:
         self.checking = False  # the pass in progress checks a draft: several tokens, and no prompt
         self.simulating = False  # passes of several tokens are decode
         self.released = False  # detached: what is left of our wrappers is transparent
-        self.exclusive = Exclusive()
+        self.exclusive = Exclusive(waiting)
         self.is_wired: Callable[[], bool] = lambda: True  # set by attach
         self._warned_of_wires = False
 

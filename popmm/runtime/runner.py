@@ -66,7 +66,7 @@ class Runner:
 
     def run(self, forward: Callable, args: tuple, kwargs: dict, arguments: dict[str, Any]):
         """Runs one pass of the decoder in the phase that it is."""
-        with self.phase.exclusive("forward"), self.phase.exclusive.one_pass():
+        with self.phase.exclusive("forward", queues=True), self.phase.exclusive.one_pass():
             cache, shape = find_cache(arguments), input_shape(arguments)
             if 0 in shape:
                 raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
@@ -106,7 +106,7 @@ class Runner:
 
     def run_around(self, forward: Callable, args: tuple, kwargs: dict, read: Callable[[], dict[str, Tensor]]):
         """Runs the module around the decoder; ``read`` tells its image tokens, if the pass is a prompt."""
-        with self.phase.exclusive("forward"), self.around.embedding(read):
+        with self.phase.exclusive("forward", queues=True), self.around.embedding(read):
             return forward(*args, **kwargs)
 
     @contextmanager

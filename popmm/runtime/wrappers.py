@@ -89,13 +89,13 @@ def with_modalities(surroundings: Surroundings, runner: Runner) -> Callable:
 
 
 def exclusive(generate: Callable, runner: Runner, drafts: Drafts | None) -> Callable:
-    """``generate``, refused to a second thread from its first token to its last."""
+    """``generate``, refused to a second thread from its first token to its last, or kept waiting."""
 
     @functools.wraps(generate)
     def exclusive_generate(*args, **kwargs):
         if runner.phase.released:
             return generate(*args, **kwargs)
-        with runner.phase.exclusive("generate"):
+        with runner.phase.exclusive("generate", queues=True):
             setting = generate_settings(generate, args, kwargs)
             if setting("cache_implementation") == "paged":
                 raise RuntimeError(CONTINUOUS_BATCHING)

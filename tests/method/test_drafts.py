@@ -74,7 +74,7 @@ def test_drafts_where_they_pay_and_not_where_they_do_not():
 @pytest.mark.parametrize("rate", [0.0, 0.4, 0.7, 0.95])
 @pytest.mark.parametrize("draft, verify", [(0.4, 1.2), (0.9, 1.1), (0.4, 3.0)])
 def test_no_text_is_much_slower_than_dense(rate, draft, verify):
-    for tokens, most in ((16, 1.2), (64, 1.08), (128, 1.06)):
+    for tokens, most in ((16, 1.3), (64, 1.1), (128, 1.07)):
         assert simulate(rate, 1.0, draft, verify, tokens=tokens) < most
 
 
