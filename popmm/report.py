@@ -85,7 +85,9 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
         how += f" gate_bits={c.gate_bits} (batches above {most} read all of C: each token's own rows would be more)"
     if c.selection == "tiers" and not ffns[0].sizes.is_dense:
         parts = [f"{n / ffns[0].sizes.d_ff:.0%} in {bits} bits" for bits, n in ffns[0].sizes.tiers]
-        how += f" ({', '.join(parts)}, of each FFN's channels; {ffns[0].sizes.base} bits of every gate row)"
+        how += f" ({', '.join(parts)}, of each FFN's channels; {ffns[0].sizes.base} bits of every gate row"
+        own = "; of experts each token reads its own" if any(ffn.site.is_experts for ffn in ffns) else ""
+        how += f"; the tokens of a batch's step choose together, so a batch reads no more{own})"
     if c.rest_bits < 16:
         how += f" rest_bits={c.rest_bits}"
     if c.lossless:

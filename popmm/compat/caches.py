@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, StaticCache
@@ -14,8 +15,9 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLay
 __all__ = ["Cache", "StaticCache"]
 
 CONTINUOUS_BATCHING = (
-    "continuous batching (generate_batch, cache_implementation='paged') mixes prompts and decode steps in one pass, "
-    "which popmm does not prune: call popmm.detach(model) first, or use model.generate"
+    "continuous batching (generate_batch, cache_implementation='paged') mixes prompts and decode steps of many "
+    "sequences in one pass, which a partition by one prompt does not serve: attach with statistics='weights' "
+    "(bytes=0.33, say), or call popmm.detach(model) first"
 )
 BATCHING_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
@@ -40,6 +42,21 @@ def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
         if value is not None:
             raise TypeError(_unknown_cache(name, value))
     return None
+
+
+def alone_in_pass(arguments: Mapping[str, Any], n_tokens: int) -> tuple[Tensor, bool] | None:
+    """Of a pass of continuous batching, which tokens are the only ones of their sequence in it, and whether all are.
+
+    Returns:
+        bool ``[n_tokens]``, and True if there is no prompt in the pass; None if this is no such pass.
+    """
+    if not any("Paged" in type(arguments.get(name)).__name__ for name in CACHE_NAMES):
+        return None
+    ends = arguments["cu_seq_lens_q"].long()
+    places = torch.arange(n_tokens, device=ends.device)
+    whose = torch.searchsorted(ends, places, right=True)  # from 1; beyond the last end lies padding
+    lengths = torch.cat([ends.new_zeros(1), ends.diff(), ends.new_zeros(1)])
+    return lengths[whose] == 1, arguments.get("max_length_q", n_tokens) == 1
 
 
 def _unknown_cache(name: str, value: Any) -> str:

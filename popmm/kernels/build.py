@@ -32,7 +32,7 @@ _ARGUMENTS = {
     "planes_dot": "aaaasssiassaai",
     "planes_add": "aaaasssiassaai",
     "planes_decode": "aaaasssiiai",
-    "tiers_ffn": "aaassssaaaaisaaasaaai",
+    "tiers_ffn": "aaassssaaaaisaaaasaaai",
 }
 _OPERATORS = {"new_linear": "asssia", "free_linear": "s", "new_ffn": "aaassssaaaaisaa", "free_ffn": "s"}
 _WITHOUT_RESULT = ("choose", "planes_decode", "free_linear", "free_ffn")

@@ -94,10 +94,11 @@ def tiers_ffn(
     counts: list[int],
     first: Tensor,
     x: Tensor,
+    votes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     own = [Planes(*parts[i : i + 4]) for i in (0, 4, 8)]
     tiers = list(zip(bits, counts))
-    return native.TiersFFN(own, d_ff, rms, norms, (gate_bias, up_bias), activation, tiers)(first, x)
+    return native.TiersFFN(own, d_ff, rms, norms, (gate_bias, up_bias), activation, tiers)(first, x, votes)
 
 
 FUNCTIONS = (

@@ -182,13 +182,25 @@ class TiersFFN:
         """The handle of a native operator; None if there are none."""
         return operators.ffn(self, self._before) if operators.available() else None
 
-    def __call__(self, first: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, first: Tensor, x: Tensor, votes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         first = _index(first, "first", 1)
         n = len(first)
         x = _floats(x, "x", (n, self.d))
+        votes = None if votes is None else _floats(votes, "votes", (n,))
         y = torch.empty(n, self.d, dtype=torch.float32, device="cpu")
         index = torch.empty(n, self.read, dtype=torch.int64, device="cpu")
-        _run("tiers_ffn", first, self.last + 1, *self._before, _p(first), n, _p(x), _p(y), _p(index))
+        _run(
+            "tiers_ffn",
+            first,
+            self.last + 1,
+            *self._before,
+            _p(first),
+            None if votes is None else _p(votes),
+            n,
+            _p(x),
+            _p(y),
+            _p(index),
+        )
         return y, index
 
 

@@ -139,8 +139,10 @@ Tensor few_linear_op(const Tensor &x, const Tensor &weight, const std::optional<
     return y;
 }
 
-/* x[n, d] through the FFNs whose rows begin at first[n] (without it: at 0), in the dtype of x, or float32 if wide */
-Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, bool wide, int64_t handle) {
+/* x[n, d] through the FFNs whose rows begin at first[n] (without it: at 0), in the dtype of x, or float32 if wide; with
+ * votes[n], float32, all through the one at 0, by rows that they choose together */
+Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, const std::optional<Tensor> &votes, bool wide,
+                    int64_t handle) {
     const FFN &own = ffns.at(handle);
     STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == own.d, "popmm: an FFN of d_model=", own.d, " was given another shape");
     const int64_t n = x.size(0);
@@ -155,12 +157,16 @@ Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, bool wi
         zeros.assign(n, 0);
         start = zeros.data();
     }
+    if (votes.has_value()) {
+        const bool fits = votes->is_contiguous() && votes->numel() == n && votes->scalar_type() == ScalarType::Float;
+        STD_TORCH_CHECK(fits && !first.has_value(), "popmm: votes are no float32 for each of ", n, " tokens of one FFN");
+    }
     Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{n, own.d}, wide ? ScalarType::Float : x.scalar_type());
     index.resize(n * own.read);
     const int64_t failed =
         tiers_ffn(own.parts[0], own.parts[1], own.parts[2], own.n_rows, own.d, own.group, own.d_ff, own.rms, own.norm,
                   own.gate_bias, own.up_bias, own.activation, (int64_t)own.bits.size(), own.bits.data(), own.count.data(), start,
-                  n, floats(x, in), results(y, out), index.data(), threads());
+                  votes.has_value() ? (const float *)votes->const_data_ptr() : nullptr, n, floats(x, in), results(y, out), index.data(), threads());
     STD_TORCH_CHECK(failed < 0, failed == INT64_MAX ? "popmm: there is no memory for a vector of the model"
                                                     : "popmm: there is no such expert");
     rounded(y, out);
@@ -227,7 +233,7 @@ STABLE_TORCH_LIBRARY(popmm_native, m) {
     m.def("planes_linear(Tensor x, int[] handles) -> Tensor");
     m.def("few_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
-    m.def("tiers_ffn(Tensor x, Tensor? first, bool wide, int handle) -> Tensor");
+    m.def("tiers_ffn(Tensor x, Tensor? first, Tensor? votes, bool wide, int handle) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(popmm_native, CPU, m) {

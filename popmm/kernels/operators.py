@@ -24,7 +24,9 @@ def available() -> bool:
         "planes_linear": lambda x, handles: x.new_empty(*x.shape[:-1], sum(_sizes[int(handle)] for handle in handles)),
         "few_linear": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
         "attend": lambda q, k, v, mask, scale: q.new_empty(q.shape[0], 1, q.shape[1], v.shape[-1]),
-        "tiers_ffn": lambda x, first, wide, handle: x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype),
+        "tiers_ffn": lambda x, first, votes, wide, handle: x.new_empty(
+            x.shape, dtype=torch.float32 if wide else x.dtype
+        ),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"popmm_native::{name}", fake)
@@ -64,8 +66,8 @@ def serves_few(weight: Tensor) -> bool:
     return fits and weight.ndim == 2 and weight.shape[1] % 32 == 0 and weight.is_contiguous() and available()
 
 
-def tiers_ffn(x: Tensor, first: Tensor | None, wide: bool, handle: int) -> Tensor:
-    return torch.ops.popmm_native.tiers_ffn(x, first, wide, handle)
+def tiers_ffn(x: Tensor, first: Tensor | None, votes: Tensor | None, wide: bool, handle: int) -> Tensor:
+    return torch.ops.popmm_native.tiers_ffn(x, first, votes, wide, handle)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -86,21 +86,26 @@ class TiersFFN(_Stays):
         """Whether ``step`` can be called."""
         return self._handle is not None
 
-    def step(self, x: Tensor, first: Tensor | None = None, wide: bool = False) -> Tensor:
+    def step(self, x: Tensor, first: Tensor | None = None, wide: bool = False, votes: Tensor | None = None) -> Tensor:
         """What a call gives, without saying which channels were read.
 
         Args:
             first: as in a call; None = all tokens through the first FFN.
             wide: y in float32, else in the dtype of x.
+            votes: as in a call.
         """
-        return operators.tiers_ffn(x.contiguous(), first, wide, self._handle)
+        return operators.tiers_ffn(x.contiguous(), first, votes, wide, self._handle)
 
-    def __call__(self, first: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, first: Tensor, x: Tensor, votes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens x, float32 ``[n, d_model]``, each through the FFN whose rows begin at ``first``, int64 ``[n]``.
+
+        Args:
+            votes: float32 ``[n]``: all tokens go through one FFN and choose together, each counting for so much;
+                None = each chooses for itself.
 
         Returns:
             y, float32 ``[n, d_model]``, without down's bias; channels read, int64 ``[n, K]``.
         """
         if torch.compiler.is_compiling():
-            return dispatch.ops["tiers_ffn"](*self._arguments, first, x)
-        return self._eager(first, x)
+            return dispatch.ops["tiers_ffn"](*self._arguments, first, x, votes)
+        return self._eager(first, x, votes)

@@ -134,15 +134,47 @@ static void assign(const uint32_t *key, int64_t d_ff, tiers of, int64_t *index, 
     }
 }
 
+/* memory for the tokens that choose together */
+typedef struct {
+    rounded *x;            /* [m] */
+    float *values;         /* [m, d_ff] of the gate's first plane, activated */
+    float *h, *gates;      /* [m, K] */
+    double *sums;          /* [m, threads] */
+    uint32_t *key, *work;  /* [d_ff] */
+} memory;
+
+static void free_memory(memory *own, int64_t m) {
+    for (int64_t t = 0; own->x && t < m; t++) free(own->x[t].code);
+    free(own->x), free(own->values), free(own->sums);
+}
+
+static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int threads, memory *own) {
+    own->x = calloc(m, sizeof(rounded));
+    own->values = malloc((3 * m + 2) * d_ff * sizeof(float));
+    own->sums = malloc(m * threads * sizeof(double));
+    int there = own->x && own->values && own->sums;
+    for (int64_t t = 0; there && t < m; t++) there = new_rounded(d, group, own->x + t);
+    if (!there) {
+        free_memory(own, m);
+        return 0;
+    }
+    own->h = own->values + m * d_ff, own->gates = own->h + m * d_ff;
+    own->key = (uint32_t *)(own->gates + m * d_ff), own->work = own->key + d_ff;
+    return 1;
+}
+
+#define TOGETHER 32 /* rows that are read for one token after the other, while they are near */
+
 /* y[n, d] of x[n, d]; index[n, K]: the channels read, the best tier first, rising within each.
  *
  * Rows of token t begin at first[t]; rms, norm and biases (or NULL) are of all rows. Tier i reads count[i] channels in
- * bits[i] bits. Returns -1, or OUT_OF_MEMORY.
+ * bits[i] bits. Each token chooses by its scores; with votes[n] all choose together, and read the same rows: by the sum of
+ * their scores' squares, each token's of sum votes[t]. Returns -1, or OUT_OF_MEMORY, or the place of a wrong `first`.
  */
 int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *const *down, int64_t n_rows, int64_t d,
                   int64_t group, int64_t d_ff, const float *rms, const float *norm, const float *gate_bias,
                   const float *up_bias, int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count,
-                  const int64_t *first, int64_t n, const float *x, float *y, int64_t *index, int threads) {
+                  const int64_t *first, const float *votes, int64_t n, const float *x, float *y, int64_t *index, int threads) {
     const planes g = {gate[0], gate[1], gate[2], gate[3], n_rows, d, group};
     const planes u = {up[0], up[1], up[2], up[3], n_rows, d, group};
     const planes w = {down[0], down[1], down[2], down[3], n_rows, d, group};
@@ -152,54 +184,93 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
     for (int64_t i = 0; i < n_tiers; i++) of.all += count[i];
     const int base = base_bits((int)bits[0]);
     const int chooses = !(of.n == 1 && of.all == d_ff);
-    rounded own;
-    float *const values = malloc(5 * d_ff * sizeof(float)), *const h = values + d_ff, *const gates = values + 2 * d_ff;
-    uint32_t *const key = (uint32_t *)values + 3 * d_ff, *const work = key + d_ff;
-    if (!values || !new_rounded(d, group, &own)) {
-        free(values);
-        return OUT_OF_MEMORY;
-    }
+    const int64_t m = votes ? n : 1;
+    memory own;
+    if (!n) return -1;
+    if (!new_memory(d, group, d_ff, m, threads, &own)) return OUT_OF_MEMORY;
     memset(y, 0, n * d * sizeof(float));
-    for (int64_t t = 0; t < n; t++, index += of.all) {
-        const int64_t from = first[t];
-        round_vector(x + t * d, d, group, &own);
+    for (int64_t t0 = 0; t0 < n; t0 += m, index += m * of.all) {
+        const int64_t from = first[t0];
+        for (int64_t t = 0; t < m; t++) round_vector(x + (t0 + t) * d, d, group, own.x + t);
 #pragma omp parallel num_threads(threads)
         {
             const part whose = {omp_get_thread_num(), omp_get_num_threads()};
             const range own_rows = share(d_ff, 4, whose);
             const int64_t low = own_rows.from, high = own_rows.to;
             if (chooses || bits[0] == base) {
-                rows_dot(&g, base, from, NULL, d_ff, &own, values, own_rows);
-                if (gate_bias)
-                    for (int64_t i = low; i < high; i++) values[i] += gate_bias[from + i];
-                activate(values, low, high, activation);
-            }
-            if (chooses)
-                for (int64_t i = low; i < high; i++) {
-                    const float score = fabsf(values[i] * rms[from + i]) * norm[from + i];
-                    memcpy(key + i, &score, 4);
-                    key[i] &= 0x7fffffff;
+                for (int64_t r = low, step = m > 1 ? TOGETHER : high - low; r < high; r += step)
+                    for (int64_t t = 0; t < m; t++)
+                        rows_dot(&g, base, from, NULL, d_ff, own.x + t, own.values + t * d_ff,
+                                 (range){r, r + step < high ? r + step : high});
+                for (int64_t t = 0; t < m; t++) {
+                    float *const values = own.values + t * d_ff;
+                    if (gate_bias)
+                        for (int64_t i = low; i < high; i++) values[i] += gate_bias[from + i];
+                    activate(values, low, high, activation);
                 }
+            }
+            for (int64_t t = 0; chooses && m > 1 && t < m; t++) {
+                double sum = 0;
+                for (int64_t i = low; i < high; i++) {
+                    const float score = own.values[t * d_ff + i] * rms[from + i] * norm[from + i];
+                    sum += (double)score * score;
+                }
+                own.sums[t * whose.all + whose.me] = sum;
+            }
+            if (chooses && m > 1) {
 #pragma omp barrier
 #pragma omp single
-            assign(key, d_ff, of, index, work);
+                for (int64_t t = 0; t < m; t++)
+                    for (int64_t other = 1; other < whose.all; other++)
+                        own.sums[t * whose.all] += own.sums[t * whose.all + other];
+            }
+            for (int64_t i = low; chooses && i < high; i++) {
+                float score = fabsf(own.values[i] * rms[from + i]) * norm[from + i];
+                if (m > 1) {
+                    score = 0;
+                    for (int64_t t = 0; t < m; t++) {
+                        const float one = own.values[t * d_ff + i] * rms[from + i] * norm[from + i];
+                        const double sum = own.sums[t * whose.all];
+                        if (sum > 0) score += (float)(votes[t] * ((double)one * one / sum));
+                    }
+                }
+                memcpy(own.key + i, &score, 4);
+                own.key[i] &= 0x7fffffff;
+            }
+#pragma omp barrier
+#pragma omp single
+            assign(own.key, d_ff, of, index, own.work);
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++]) {
                 const range ours = share(count[i], 4, whose);
-                rows_dot(&u, (int)bits[i], from, index + at, count[i], &own, h + at, ours);
-                if (bits[i] > base) {
-                    rows_dot(&g, (int)bits[i], from, index + at, count[i], &own, gates + at, ours);
-                    if (gate_bias)
-                        for (int64_t j = at + ours.from; j < at + ours.to; j++) gates[j] += gate_bias[from + index[j]];
-                    activate(gates, at + ours.from, at + ours.to, activation);
+                const int64_t *const mine = index + at;
+                for (int64_t r = ours.from, step = m > 1 ? TOGETHER : ours.to - ours.from; r < ours.to; r += step)
+                    for (int64_t t = 0; t < m; t++) {
+                        const range few = {r, r + step < ours.to ? r + step : ours.to};
+                        rows_dot(&u, (int)bits[i], from, mine, count[i], own.x + t, own.h + t * d_ff + at, few);
+                        if (bits[i] > base)
+                            rows_dot(&g, (int)bits[i], from, mine, count[i], own.x + t, own.gates + t * d_ff + at, few);
+                    }
+                for (int64_t t = 0; t < m; t++) {
+                    float *const h = own.h + t * d_ff + at, *const gates = own.gates + t * d_ff + at;
+                    const float *const values = own.values + t * d_ff;
+                    if (bits[i] > base) {
+                        if (gate_bias)
+                            for (int64_t j = ours.from; j < ours.to; j++) gates[j] += gate_bias[from + mine[j]];
+                        activate(gates, ours.from, ours.to, activation);
+                    }
+                    for (int64_t j = ours.from; j < ours.to; j++)
+                        h[j] = (bits[i] == base ? values[mine[j]] : gates[j]) * (h[j] + (up_bias ? up_bias[from + mine[j]] : 0));
                 }
-                for (int64_t j = at + ours.from; j < at + ours.to; j++)
-                    h[j] = (bits[i] == base ? values[index[j]] : gates[j]) * (h[j] + (up_bias ? up_bias[from + index[j]] : 0));
             }
 #pragma omp barrier
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
-                if (count[i]) rows_add(&w, (int)bits[i], from, index + at, h + at, count[i], y + t * d, share(d / group, 1, whose));
+                for (int64_t r = 0, step = m > 1 ? TOGETHER : count[i]; r < count[i]; r += step)
+                    for (int64_t t = 0; t < m; t++)
+                        rows_add(&w, (int)bits[i], from, index + at + r, own.h + t * d_ff + at + r,
+                                 r + step < count[i] ? step : count[i] - r, y + (t0 + t) * d, share(d / group, 1, whose));
         }
+        for (int64_t t = 1; t < m; t++) memcpy(index + t * of.all, index, of.all * sizeof(int64_t));
     }
-    free(own.code), free(values);
+    free_memory(&own, m);
     return -1;
 }

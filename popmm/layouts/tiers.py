@@ -23,7 +23,7 @@ from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, identities
 from popmm.method.fingerprint import fingerprint
 from popmm.method.partition import FFNPartition
-from popmm.method.tiers import TierSizes, assign
+from popmm.method.tiers import TierSizes, assign, together
 
 SMALL_BATCH = 16  # tokens, up to which kernels read each token's own rows
 
@@ -92,8 +92,13 @@ class TiersLayout(ChannelsStay):
     def reading_order(self) -> Tensor:
         return self.order
 
-    def decode(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, x: Tensor, combine: Combine, experts: Tensor | None = None, votes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """FFN of rows x ``[n, d_model]``, each by its own choice of channels.
+
+        Args:
+            votes: float32 ``[n]``: all rows choose together and read the same channels, each row by so much.
 
         Returns:
             y ``[n, d_model]`` in float32, of experts before they are mixed; channels read, int64 ``[n, K]``.
@@ -101,11 +106,14 @@ class TiersLayout(ChannelsStay):
         with without_autocast(x.device):
             x, first = x.float(), self._first(x, experts)
             if self.whole is not None and not kernels.needs_gradient(x):
-                y, index = self.whole(first.squeeze(1), x)
+                y, index = self.whole(first.squeeze(1), x, votes)
                 return _with(y, self.down_bias, experts), index
             g = kernels.planes_dot(self.gate, self.sizes.base, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
             g = _with(g, self.gate_bias, experts)
-            places = assign(self._score(g, combine, experts), self.sizes.tiers)
+            score = self._score(g, combine, experts)
+            if votes is not None:
+                score = together(score, votes).expand(len(x), -1)
+            places = assign(score, self.sizes.tiers)
             y = x.new_zeros(x.shape)
             for (bits, _), index in zip(self.sizes.tiers, places):
                 rows = first + index
@@ -120,12 +128,14 @@ class TiersLayout(ChannelsStay):
     def by_operators(self) -> bool:
         return self.whole is not None and self.whole.steps
 
-    def step(self, x: Tensor, combine: Combine, experts: Tensor | None = None) -> Tensor | None:
+    def step(
+        self, x: Tensor, combine: Combine, experts: Tensor | None = None, votes: Tensor | None = None
+    ) -> Tensor | None:
         """``decode`` by one native operator, in the dtype of x (of experts float32); None where there is none."""
         if not self.by_operators or x.dtype not in kernels.operators.DTYPES or kernels.needs_gradient(x):
             return None
         first = None if experts is None else experts * self.sizes.d_ff
-        return _with(self.whole.step(x, first, wide=experts is not None), self.down_bias, experts)
+        return _with(self.whole.step(x, first, experts is not None, votes), self.down_bias, experts)
 
     def decode_all(
         self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from popmm.kernels.planes import base_of
@@ -115,3 +116,13 @@ def assign(score: Tensor, tiers: tuple[tuple[int, int], ...]) -> list[Tensor]:
     order = score.argsort(dim=-1, descending=True, stable=True)
     parts = order[:, : sum(n for _, n in tiers)].split([n for _, n in tiers], dim=-1)
     return [part.sort(dim=-1)[0] for part in parts]
+
+
+def together(score: Tensor, votes: Tensor) -> Tensor:
+    """Scores ``[1, u]`` by which tokens choose together, of each one's ``[n, u]``.
+
+    The sum of their squares, of each token made to sum to its vote ``[n]``.
+    """
+    squares = score.double().square()
+    shares = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return (votes.double().unsqueeze(-1) * shares).sum(0, keepdim=True).float()

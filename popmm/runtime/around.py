@@ -29,6 +29,7 @@ class Around:
         self.stands: Callable[[Tensor, Tensor], Tensor | int] = accepted
         self.why_dense = ""  # no drafts in the generate call in progress
         self._read_modalities: ReadModalities | None = None
+        self._key: tuple | None = None  # of the fillers that lie on a device
 
     @property
     def begins(self) -> bool:
@@ -93,12 +94,30 @@ class Around:
             counted = first_copies(counted, shape, self.copies)
         return counted
 
+    def votes(self, arguments: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
+        """What the tokens of a batch's step count in a choice that they make together, float32 ``[batch]``.
+
+        Rows that have ended, to which ``generate`` goes on feeding padding, have no vote. None = there is one token.
+        """
+        if shape[0] == 1 or shape[1] > 1:
+            return None
+        ids = arguments.get("input_ids")
+        if ids is None:
+            return torch.ones(shape[0], dtype=torch.float32, device=arguments["inputs_embeds"].device)
+        return (~torch.isin(ids[:, 0], self._fillers_on(ids.device))).float()
+
+    def _fillers_on(self, device: torch.device) -> Tensor:
+        key = device, frozenset(self.fillers)
+        if key != self._key:
+            self._key = key
+            self._on_device = torch.tensor(sorted(self.fillers), dtype=torch.int64, device=device)
+        return self._on_device
+
     def _unfinished(self, ids: Tensor | None, counted: Tensor | None) -> Tensor | None:
         """Which rows of a batch count in a refresh: ``generate`` goes on feeding padding to those that have ended."""
         if ids is None or not self.fillers or len(ids) == 1:
             return counted
-        fillers = torch.tensor(sorted(self.fillers), dtype=torch.int64, device=ids.device)
-        goes_on = ~torch.isin(ids, fillers)
+        goes_on = ~torch.isin(ids, self._fillers_on(ids.device))
         if not goes_on.any():
             return counted
         return goes_on if counted is None else counted.to(ids.device) & goes_on

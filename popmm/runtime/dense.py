@@ -44,6 +44,8 @@ class PrunedFFN(PrunedSite):
         if not (torch.compiler.is_compiling() or phase.running):
             phase.warn_if_unwired()
             return self.dense_forward(x)
+        if phase.alone is not None and not self.sizes.is_dense:
+            return self.mixed(x)
         if not phase.decoding:
             reads = self.ranking.wants_up and phase.prompt is not None
             return self.read(x) if reads else self.dense_forward(x)
@@ -81,11 +83,13 @@ class PrunedFFN(PrunedSite):
     def _decode_predicted(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         rows, layout, combine = x.flatten(0, -2), self.layout, self.site.combine
         dtype = output_dtype(self.site.weights().down)
-        if self.gathers(len(rows)):
-            y = layout.step(rows, combine) if self.trace is None and rows.dtype == dtype else None
+        votes = self.votes(len(rows))
+        if votes is not None or self.gathers(len(rows)):
+            how = {} if votes is None else {"votes": votes}
+            y = layout.step(rows, combine, **how) if self.trace is None and rows.dtype == dtype else None
             if y is not None:
                 return y.view(x.shape), None
-            y, index = layout.decode(rows, combine)
+            y, index = layout.decode(rows, combine, **how)
             passing = self.marked(index) if self.trace is not None else None
         else:
             choose = self.choose if self.phase.simulating else None

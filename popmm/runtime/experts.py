@@ -42,6 +42,8 @@ class PrunedExperts(PrunedSite):
         if not (torch.compiler.is_compiling() or phase.running):
             phase.warn_if_unwired()
             return self.dense_forward(x, index, weight)
+        if phase.alone is not None and not self.sizes.is_dense:
+            return self.mixed(x, index, weight)
         if not phase.decoding:
             return self.prefill(x, index, weight)
         dense = self.sizes.is_dense

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from popmm.compat import Cache, cache_of
 from popmm.runtime.around import Around
 from popmm.runtime.partitions import Partitions
@@ -74,6 +76,32 @@ class Kinds:
         if known is not None:
             remember_length(cache, known, shape[1])
         self.checked()
+        return output
+
+    def many(
+        self,
+        forward: Callable,
+        args: tuple,
+        kwargs: dict,
+        shape: tuple[int, int],
+        alone: Tensor,
+        all_are: bool,
+        why_dense: str,
+    ):
+        """Tokens of many sequences in one row: those that are alone in theirs decode, the others belong to prompts."""
+        phase = self.phase
+        decodes = not why_dense and all_are
+        phase.decoding = phase.step = decodes
+        phase.shape, phase.checking = shape, bool(why_dense)
+        phase.votes = alone.float() if decodes else None
+        phase.alone = alone if not (decodes or why_dense) and bool(alone.any()) else None
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            phase.alone, phase.votes, phase.checking, phase.step = None, None, False, False
+            phase.idle(self.partitions.active is not None)
+        kind = "decode" if all_are else "prompt"
+        self.seen("dense" if why_dense and all_are else kind, why_dense if all_are else "")
         return output
 
     def dense(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], cache, reason: str):

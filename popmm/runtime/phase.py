@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from popmm.runtime.exclusive import Exclusive
 from popmm.runtime.passes import UNWIRED, warn_dense
 from popmm.runtime.prompt import PromptPass
@@ -16,6 +18,9 @@ class Phase:
         self.decoding = False  # between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None  # in progress
         self.step = False  # the pass in progress, or the last one, is a decode step: the output layer comes after it
+        self.votes: Tensor | None = None  # of a batch's tokens in a choice that they make together, float32 [batch]
+        # of continuous batching, in a pass with prompts: the tokens that decode, bool [tokens]
+        self.alone: Tensor | None = None
         self.shape = (0, 0)  # batch, tokens per sequence
         self.lossless = False  # decode passes are drafts, and all else is dense
         self.checking = False  # the pass in progress checks a draft: several tokens, and no prompt

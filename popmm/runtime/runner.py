@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popmm.compat import Cache, find_cache
+from popmm.compat import CONTINUOUS_BATCHING, Cache, alone_in_pass, find_cache
 from popmm.runtime.around import Around
 from popmm.runtime.calls import input_shape
 from popmm.runtime.kinds import Kinds
@@ -67,10 +67,15 @@ class Runner:
     def run(self, forward: Callable, args: tuple, kwargs: dict, arguments: dict[str, Any]):
         """Runs one pass of the decoder in the phase that it is."""
         with self.phase.exclusive("forward", queues=True), self.phase.exclusive.one_pass():
-            cache, shape = find_cache(arguments), input_shape(arguments)
+            shape = input_shape(arguments)
+            alone = alone_in_pass(arguments, shape[1])
+            if alone is not None:
+                return self._many(forward, args, kwargs, shape, *alone)
+            cache = find_cache(arguments)
             if 0 in shape:
                 raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
             known = self.sequences.on(cache)
+            self.phase.votes = None if self.phase.simulating else self.around.votes(arguments, shape)
             if self.phase.simulating:
                 if known is not None and 0 < self.refresh_every < known.steps + shape[1]:
                     raise RuntimeError(
@@ -103,6 +108,16 @@ class Runner:
                 prompt = self._prompt_pass(arguments, shape, cache, known, refreshes=True)
                 return self.kinds.prefill(forward, args, kwargs, prompt, cache)
             return self.kinds.decode(forward, args, kwargs, shape, cache)
+
+    def _many(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], alone: Tensor, all_are: bool):
+        """A pass of continuous batching."""
+        if not self.stateless:
+            raise RuntimeError(CONTINUOUS_BATCHING)
+        if not all_are:
+            self.partitions.check_weights()
+        if self.partitions.active is None:
+            self.begin()
+        return self.kinds.many(forward, args, kwargs, shape, alone, all_are, self._outside)
 
     def run_around(self, forward: Callable, args: tuple, kwargs: dict, read: Callable[[], dict[str, Tensor]]):
         """Runs the module around the decoder; ``read`` tells its image tokens, if the pass is a prompt."""

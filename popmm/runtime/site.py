@@ -102,6 +102,32 @@ class PrunedSite:
         """Whether ``gate`` and ``tiers`` read each token's own rows: in small batches, where that is less than all."""
         return not self.phase.simulating and self.layout.gathers(n_tokens)
 
+    def mixed(self, x: Tensor, *routed: Tensor) -> Tensor:
+        """A pass of prompts and decode steps, each token as it is.
+
+        Args:
+            x: ``[..., d_model]``.
+            routed: by what, ``[tokens, k]`` each.
+        """
+        alone, flat = self.phase.alone, x.reshape(-1, x.shape[-1])
+        if len(alone) != len(flat):  # a pass inside the pass
+            return self.dense_forward(x, *routed)
+        before, y = self.phase.votes, torch.empty_like(flat)
+        try:
+            self.phase.votes = torch.ones(int(alone.sum()), dtype=torch.float32, device=x.device)
+            y[alone] = self.decode(flat[alone], *(own[alone] for own in routed))[0].to(y.dtype)
+        finally:
+            self.phase.votes = before
+        if not alone.all():
+            y[~alone] = self.dense_forward(flat[~alone], *(own[~alone] for own in routed))
+        return y.view(x.shape)
+
+    def votes(self, n_tokens: int) -> Tensor | None:
+        """What tokens count in a choice that they make together: with ``tiers``, those of a batch's step do."""
+        votes = self.phase.votes
+        together = votes is not None and self.config.selection == "tiers" and len(votes) == n_tokens
+        return votes if together else None
+
     def layout_order(self) -> Tensor:
         """Channels in the order of h at decode, int64 ``[(E,) n]``; all of them if the FFN is left dense."""
         return self.partition.reading_order if self.sizes.is_dense else self.layout.reading_order

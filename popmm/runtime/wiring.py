@@ -68,7 +68,8 @@ def wire(
         taken = {id(layer.module) for layer in rest}
         few = few_overrides(model, decoder, runner.phase)
         overrides += [override for override in few if id(override.module) not in taken]
-    overrides += attention_overrides(decoder, runner.phase) if rest else []
+    # continuous batching sets an attention of its own
+    overrides += attention_overrides(decoder, runner.phase) if rest and not runner.stateless else []
     overrides += [] if freed is None else freed.overrides()
     hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)

@@ -93,12 +93,10 @@ def exclusive(generate: Callable, runner: Runner, drafts: Drafts | None) -> Call
 
     @functools.wraps(generate)
     def exclusive_generate(*args, **kwargs):
-        if runner.phase.released:
+        if runner.phase.released or _is_batching(runner, generate, args, kwargs):
             return generate(*args, **kwargs)
         with runner.phase.exclusive("generate", queues=True):
             setting = generate_settings(generate, args, kwargs)
-            if setting("cache_implementation") == "paged":
-                raise RuntimeError(CONTINUOUS_BATCHING)
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
             with runner.around.generating(copies, fillers, drafts=bool(setting("is_assistant"))) as watch:
@@ -125,13 +123,22 @@ def _with_drafts(
     return call.args, call.kwargs
 
 
+def _is_batching(runner: Runner, generate: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a ``generate`` call is one of continuous batching, whose passes another thread runs."""
+    if generate_settings(generate, args, kwargs)("cache_implementation") != "paged":
+        return False
+    if not runner.stateless:
+        raise RuntimeError(CONTINUOUS_BATCHING)
+    return True
+
+
 def refused_batching(model: nn.Module, runner: Runner) -> list[tuple[nn.Module, str, Callable]]:
-    """Overrides that refuse continuous batching before anything is started."""
+    """Overrides that refuse continuous batching before anything is started, where a partition is of one prompt."""
 
     def refusing(call: Callable) -> Callable:
         @functools.wraps(call)
         def refuse(*args, **kwargs):
-            if runner.phase.released:
+            if runner.phase.released or runner.stateless:
                 return call(*args, **kwargs)
             raise RuntimeError(CONTINUOUS_BATCHING)
 
@@ -162,6 +169,7 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
                 return model(*args, **kwargs)
             before = runner.passes.total
             runner.phase.step = is_step and not runner.phase.lossless
+            runner.phase.votes = runner.around.votes(kwargs, tuple(ids.shape)) if is_step else None
             watch = runner.around.watch
             cache, form = find_cache(kwargs), None
             if is_step and stays_compiled(cache):
