@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 
 import torch
 from torch import nn
@@ -54,6 +55,11 @@ def attach(model: nn.Module, config: PopConfig | None = None, **settings) -> Par
         ValueError: a ratio that this model cannot reach, or training mode.
         RuntimeError: already attached.
     """
+    unknown = [name for name in settings if name not in PopConfig.__dataclass_fields__]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], PopConfig.__dataclass_fields__, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PopConfig.__dataclass_fields__)}"
+        raise TypeError(f"PopConfig has no {unknown[0]}: {hint}")
     if config is None:
         config = PopConfig(**settings)
     elif not isinstance(config, PopConfig):

@@ -90,6 +90,7 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
         how += f"; the tokens of a batch's step choose together, so a batch reads no more{own})"
     if c.rest_bits < 16:
         how += f" rest_bits={c.rest_bits}"
+    drafted = "drafted " if c.lossless else ""
     if c.lossless:
         how += " lossless: these are drafts, which the whole model checks"
     if c.refresh_every:
@@ -97,8 +98,9 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
     freed = f", -{human_bytes(state.freed_bytes())} of the model's own" if state.freed_bytes() else ""
     lines = [
         to_text(table),
-        f"FFN weights read per token at batch 1: {human_bytes(pruned)} of {human_bytes(dense)} ({pruned / dense:.1%})",
-        f"FFN channels skipped per token: {state.channels_skipped():.1%}",
+        f"FFN weights read per {drafted}token at batch 1: {human_bytes(pruned)} of {human_bytes(dense)} "
+        f"({pruned / dense:.1%})",
+        f"FFN channels skipped per {drafted}token: {state.channels_skipped():.1%}",
         f"passes so far: {state.passes!r}",
         f"{how} importance={importance} fill={c.fill} prefill={c.prefill} "
         f"layout={ffns[0].layout.name}"

@@ -60,7 +60,9 @@ def random_prompts(model, n: int, n_tokens: int) -> list[dict[str, Tensor]]:
     """For weights that are random too."""
     generator = torch.Generator("cpu").manual_seed(0)
     most = min(model.config.get_text_config().vocab_size, 1000)
-    ids = torch.randint(2, most, (n, 1, n_tokens), generator=generator, device="cpu").to(model.device)
+    ids = torch.randint(2, most, (n, 1, n_tokens), generator=generator, dtype=torch.int64, device="cpu").to(
+        model.device
+    )
     return [{"input_ids": own, "attention_mask": torch.ones_like(own)} for own in ids]
 
 

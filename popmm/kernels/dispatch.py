@@ -130,7 +130,7 @@ ops["planes_decode"].register_fake(
     lambda rows, bits, dtype: rows[0].new_empty(len(rows[1]), 4 * rows[1].shape[1], dtype=dtype)
 )
 ops["tiers_ffn"].register_fake(
-    lambda parts, d_ff, rms, norms, gate_bias, up_bias, activation, bits, counts, first, x: (
+    lambda parts, d_ff, rms, norms, gate_bias, up_bias, activation, bits, counts, first, x, votes: (
         x.new_empty(x.shape, dtype=torch.float32),
         x.new_empty(len(x), sum(counts), dtype=torch.int64),
     )

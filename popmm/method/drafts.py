@@ -41,7 +41,7 @@ class Replay:
         self.rate, self._generator = rate, torch.Generator("cpu").manual_seed(0)
 
     def __call__(self, drafted: Tensor, chosen: Tensor) -> int:
-        stands = torch.rand(len(drafted), generator=self._generator, device="cpu") < self.rate
+        stands = torch.rand(len(drafted), generator=self._generator, dtype=torch.float32, device="cpu") < self.rate
         return int(stands.long().cumprod(0).sum())
 
 

@@ -74,10 +74,10 @@ def _asks_for_names(decoder: nn.Module) -> bool:
     return any(file.suffix == ".py" and _ASKS.search(file.read_text(encoding="utf-8")) for file in sources)
 
 
-def attention_overrides(decoder: nn.Module, phase: Phase) -> list[Override]:
+def attention_overrides(decoder: nn.Module, phase: Phase | None = None) -> list[Override]:
     """What makes a decoder's steps attend by our kernel; nothing where it cannot be built or another way is set."""
     config = getattr(decoder, "config", None)
     if attention_of(config) != INSTEAD_OF or not operators.available() or _asks_for_names(decoder):
         return []
     mixers = [Override(part, PHASE, phase) for part in decoder.modules() if is_mixer(part)]
-    return [Override(config, ATTENTION, NAME), *(mixers if phase.lossless else [])]
+    return [Override(config, ATTENTION, NAME), *(mixers if phase is not None and phase.lossless else [])]

@@ -33,6 +33,7 @@ class Passes(Mapping[str, int]):
 
     Attributes:
         reasons: of dense passes, how often each.
+        rounds: of ``verify``, those that checked a draft of lossless decoding; the others read one token.
         drafted: tokens that lossless decoding has drafted.
         accepted: those of them that went into the text: it has one more for each ``verify``, and one for the prompt.
         by_place: of drafts' tokens by their place in the draft, (drafted, accepted).
@@ -41,7 +42,7 @@ class Passes(Mapping[str, int]):
     def __init__(self) -> None:
         self._counts = dict.fromkeys(KINDS, 0)
         self.reasons: Counter[str] = Counter()
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.rounds = 0
         self.by_place: list[tuple[int, int]] = []
 
     def count(self, kind: str, reason: str = "") -> None:
@@ -55,6 +56,7 @@ class Passes(Mapping[str, int]):
         A text ends where it ends, also within a draft.
         """
         self.drafted, self.accepted = self.drafted + drafted, self.accepted + taken - 1
+        self.rounds += drafted > 0
         for place in range(drafted):
             if place == len(self.by_place):
                 self.by_place.append((0, 0))
@@ -79,6 +81,7 @@ class Passes(Mapping[str, int]):
             self._counts[kind] = self._counts.get(kind, 0) + n
         self.reasons.update(other.reasons)
         self.drafted, self.accepted = self.drafted + other.drafted, self.accepted + other.accepted
+        self.rounds += other.rounds
         longer, shorter = sorted((self.by_place, other.by_place), key=len, reverse=True)
         padded = [*shorter, *[(0, 0)] * (len(longer) - len(shorter))]
         self.by_place = [(a + c, b + d) for (a, b), (c, d) in zip(longer, padded)]
@@ -89,6 +92,7 @@ class Passes(Mapping[str, int]):
         found._counts = {kind: n - before._counts.get(kind, 0) for kind, n in self._counts.items()}
         found.reasons = self.reasons - before.reasons
         found.drafted, found.accepted = self.drafted - before.drafted, self.accepted - before.accepted
+        found.rounds = self.rounds - before.rounds
         known = [*before.by_place, *[(0, 0)] * (len(self.by_place) - len(before.by_place))]
         found.by_place = [(a - c, b - d) for (a, b), (c, d) in zip(self.by_place, known)]
         return found
@@ -109,7 +113,11 @@ class Passes(Mapping[str, int]):
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {kind}" for kind, n in self._counts.items())
         reasons = "; ".join(f"{n} x {reason}" for reason, n in self.reasons.items())
-        drafts = f"; {self.accepted} of {self.drafted} drafted tokens accepted" if self.drafted else ""
+        drafts = ""
+        if self.drafted:
+            drafts = (
+                f"; {self.rounds} of the verify passes checked {self.drafted} drafted tokens, {self.accepted} accepted"
+            )
         return counts + drafts + (f" ({reasons})" if reasons else "")
 
 
@@ -152,4 +160,4 @@ def _callers_level() -> int:
     frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    return max(level - 1, 1)
+    return level

@@ -69,8 +69,14 @@ class Runner:
         with self.phase.exclusive("forward", queues=True), self.phase.exclusive.one_pass():
             shape = input_shape(arguments)
             alone = alone_in_pass(arguments, shape[1])
-            if alone is not None:
-                return self._many(forward, args, kwargs, shape, *alone)
+            if alone is not None:  # continuous batching
+                if not self.stateless:
+                    raise RuntimeError(CONTINUOUS_BATCHING)
+                if not alone[1]:
+                    self.partitions.check_weights()
+                if self.partitions.active is None:
+                    self.begin()
+                return self.kinds.many(forward, args, kwargs, shape, *alone, self._outside)
             cache = find_cache(arguments)
             if 0 in shape:
                 raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
@@ -108,16 +114,6 @@ class Runner:
                 prompt = self._prompt_pass(arguments, shape, cache, known, refreshes=True)
                 return self.kinds.prefill(forward, args, kwargs, prompt, cache)
             return self.kinds.decode(forward, args, kwargs, shape, cache)
-
-    def _many(self, forward: Callable, args: tuple, kwargs: dict, shape: tuple[int, int], alone: Tensor, all_are: bool):
-        """A pass of continuous batching."""
-        if not self.stateless:
-            raise RuntimeError(CONTINUOUS_BATCHING)
-        if not all_are:
-            self.partitions.check_weights()
-        if self.partitions.active is None:
-            self.begin()
-        return self.kinds.many(forward, args, kwargs, shape, alone, all_are, self._outside)
 
     def run_around(self, forward: Callable, args: tuple, kwargs: dict, read: Callable[[], dict[str, Tensor]]):
         """Runs the module around the decoder; ``read`` tells its image tokens, if the pass is a prompt."""

@@ -28,7 +28,8 @@ def alone(model, prompt, new=7):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
 def test_at_ratio_zero_each_gets_what_it_gets_alone(name):
-    model = MODELS[name].build()
+    model = MODELS[name].build(torch.float64)  # where sums in another order choose the same tokens
+    model.set_experts_implementation("eager")
     expected = [alone(model, prompt) for prompt in PROMPTS]
     with popmm.pruned(model, statistics="weights", ffn_ratio=0.0):
         assert answers(model, PROMPTS) == expected
