@@ -12,9 +12,14 @@ PROMPTS = [tiny.prompt(4 + i % 5, seed=i)[0].tolist() for i in range(16)]
 STATELESS = dict(statistics="weights", bytes=0.3)
 
 
+def room(tokens):
+    """So many in one pass, and a cache for these models: by itself it takes most of the machine's memory."""
+    return ContinuousBatchingConfig(max_batch_tokens=tokens, num_blocks=32)
+
+
 def answers(model, prompts, new=7):
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = model.generate_batch(prompts, generation_config=config)
+    found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=room(128))
     return [found[key].generated_tokens for key in sorted(found, key=lambda key: int(key.split("_")[-1]))]
 
 
@@ -57,7 +62,7 @@ def test_a_pass_of_prompts_and_decode_steps(name):
     """Each token as it would be in a pass of its own kind."""
     model = MODELS[name].build()
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    few = ContinuousBatchingConfig(max_batch_tokens=12)  # prompts come in while others decode
+    few = room(12)  # prompts come in while others decode
     with popmm.pruned(model, **STATELESS) as state:
         seen = []
         many = state._runner.kinds.many
