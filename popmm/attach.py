@@ -191,8 +191,7 @@ def _plan(
         layouts.append(choose_layout(site, sizes, config, why_not_in_place(site.module, shared)))
         ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
     tower = _pruned_tower(model, config)
-    phase = Phase(config.waiting_calls)
-    phase.lossless = config.lossless
+    phase = Phase(config.waiting_calls, config.lossless)
     rest: list[RestLayer] = []
     modules = [site.module for site in sites]
     if config.rest_bits < 16:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 from popmm.adapters import describe
 from popmm.attach import pruned
 from popmm.cli.bench_rows import BenchRow
-from popmm.compat import experts_implementation
+from popmm.compat import compiled_anywhere, experts_implementation
 from popmm.config import PopConfig
 from popmm.evaluation.progress import progress
 from popmm.evaluation.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes, pruned_ffn_bytes
@@ -79,6 +78,14 @@ def ways(
     return rows
 
 
+def random_ids(model, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Tokens of a prompt that means nothing, int64, where the model is."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    vocab = model.config.get_text_config().vocab_size
+    drawn = dict(generator=generator, dtype=torch.int64, device="cpu")
+    return torch.randint(2, min(vocab, 1000), shape, **drawn).to(model.device)
+
+
 class Bench:
     """One model, one batch size, one length of prompt and answer."""
 
@@ -111,12 +118,6 @@ class Bench:
             row.partition_steps = row.partition_ms / baseline.ms
         return found
 
-    def _inputs(self, n_tokens: int, seed: int) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        vocab = self.model.config.get_text_config().vocab_size
-        drawn = dict(generator=generator, dtype=torch.int64, device="cpu")
-        return torch.randint(2, min(vocab, 1000), (self.batch, n_tokens), **drawn).to(self.device)
-
     def _eager(self, way: Way, keep: bool) -> None:
         if way.experts is not None:
             self.model.set_experts_implementation(way.experts)
@@ -131,9 +132,7 @@ class Bench:
     def _compiled(self, way: Way, rounds: int) -> None:
         torch._dynamo.reset()
         self.model.__dict__.pop("_compiled_call", None)
-        compile_config = CompileConfig(fullgraph=True)
-        compile_config._compile_all_devices = True
-        how = dict(cache_implementation="static", compile_config=compile_config)
+        how = dict(cache_implementation="static", compile_config=compiled_anywhere(fullgraph=True))
         with ExitStack() as stack:
             if way.int8:
                 stack.callback(setattr, self, "model", self.model)
@@ -151,7 +150,7 @@ class Bench:
 
     def _generate(self, n_tokens: int, seed: int, new: int, **how) -> tuple[float, list[float]]:
         """(seconds of the prompt pass, seconds of each decode step) as users run them."""
-        ids, clock = self._inputs(n_tokens, seed), Clock(None)
+        ids, clock = random_ids(self.model, (self.batch, n_tokens), seed), Clock(None)
         self._synchronize()
         start = time.perf_counter()
         self.model.generate(

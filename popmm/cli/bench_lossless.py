@@ -14,10 +14,11 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from transformers import CompileConfig
 
 from popmm.attach import pruned
+from popmm.cli.bench import random_ids
 from popmm.cli.bench_rows import machine
+from popmm.compat import compiled_anywhere
 from popmm.config import PopConfig
 from popmm.evaluation.progress import progress
 from popmm.evaluation.texts import own_samples, read_texts, windows
@@ -58,11 +59,7 @@ class LosslessRow:
 
 def random_prompts(model, n: int, n_tokens: int) -> list[dict[str, Tensor]]:
     """For weights that are random too."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    most = min(model.config.get_text_config().vocab_size, 1000)
-    ids = torch.randint(2, most, (n, 1, n_tokens), generator=generator, dtype=torch.int64, device="cpu").to(
-        model.device
-    )
+    ids = random_ids(model, (n, 1, n_tokens), seed=0)
     return [{"input_ids": own, "attention_mask": torch.ones_like(own)} for own in ids]
 
 
@@ -136,12 +133,10 @@ class LosslessBench:
         return 3 if self.compiled else 1
 
     def _ways(self, drafting) -> Iterator[tuple[str, Callable]]:
-        config = CompileConfig(fullgraph=True)
-        config._compile_all_devices = True
         static = dict(cache_implementation="static")
         yield "dense eager", self._way(self.plain)
         if self.compiled:
-            yield "dense compiled", self._way(self.plain, **static, compile_config=config)
+            yield "dense compiled", self._way(self.plain, **static, compile_config=compiled_anywhere(fullgraph=True))
         yield "lossless eager", self._way(drafting)
         if self.compiled:
             yield "lossless compiled", self._way(drafting, **static)

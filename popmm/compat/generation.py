@@ -203,12 +203,18 @@ def _compilers_workers() -> set[threading.Thread]:
     return set(getattr(pool(), "_threads", ())) if made else set()
 
 
-def compile_on_cpu(generation_config) -> None:
-    """Has ``generate`` compile its steps on the CPU too, which it does on accelerators alone."""
-    config = generation_config.compile_config
-    if config is None:
-        config = generation_config.compile_config = transformers.CompileConfig(fullgraph=False, mode="default")
+def compiled_anywhere(**settings) -> transformers.CompileConfig:
+    """A ``CompileConfig`` by which ``generate`` compiles its steps on the CPU too, else on accelerators alone."""
+    config = transformers.CompileConfig(**settings)
     config._compile_all_devices = True
+    return config
+
+
+def compile_on_cpu(generation_config) -> None:
+    """Has ``generate`` compile its steps on the CPU too."""
+    if generation_config.compile_config is None:
+        generation_config.compile_config = compiled_anywhere(fullgraph=False, mode="default")
+    generation_config.compile_config._compile_all_devices = True
 
 
 # attributes of a module that are calls without being its own parts: accelerate's hooks, the compiler

@@ -17,7 +17,6 @@ import torch._dynamo
 from torch import Tensor
 
 from popmm.compat import StaticCache, forget_cache_length, hold_all, static_cache_signature
-from popmm.method.drafts import WIDEST
 from popmm.runtime.sequence import ON_CACHE
 
 KEPT = 4  # caches, of different batch sizes and lengths
@@ -25,10 +24,14 @@ BUCKET = 256  # cache lengths are rounded up to a multiple of this
 
 
 class StaticCaches:
-    """Caches by batch size and bucket, handed out again when nobody else holds them."""
+    """Caches by batch size and bucket, handed out again when nobody else holds them.
 
-    def __init__(self, lossless: bool = False) -> None:
-        self._lossless = lossless
+    Args:
+        beside: tokens that lossless decoding reads beside the text, and takes off the cache again; 0 = it is not that.
+    """
+
+    def __init__(self, beside: int = 0) -> None:
+        self._beside = beside
         self._caches: dict[tuple, StaticCache] = {}
         self._collected: set[tuple] = set()
         self.released = False
@@ -45,8 +48,7 @@ class StaticCaches:
                 return prepare(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             length = bound.arguments["max_cache_len"]
-            if self._lossless:
-                length += WIDEST + 1
+            length += self._beside
             bound.arguments["max_cache_len"] = length = -(-length // BUCKET) * BUCKET
             # tensors made in inference mode cannot be written outside it
             key = (bound.arguments["batch_size"], length, str(bound.arguments["cache_implementation"]))
@@ -69,7 +71,7 @@ class StaticCaches:
             while len(self._caches) >= KEPT:
                 del self._caches[next(iter(self._caches))]
             self._caches[key] = cache = prepare(*bound.args, **bound.kwargs)
-            if self._lossless and bound.arguments["batch_size"] == 1:
+            if self._beside and bound.arguments["batch_size"] == 1:
                 hold_all(cache, length)
             return cache
 

@@ -34,17 +34,32 @@ def few_tokens(module: nn.Linear, phase: Phase) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def served(module: nn.Module) -> bool:
-    """Whether the kernel takes a module: a plain linear layer, which nobody has wrapped."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of some size that nobody has wrapped.
+
+    What is more than one (adapters, quantised layers) may compute something else.
+    """
     if type(module) is not nn.Linear or "forward" in module.__dict__ or type(module.weight) is not nn.Parameter:
         return False
+    return module.weight.is_floating_point() and module.weight.shape[0] >= FEW_ROWS
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """What makes logits, None if the model makes none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def served(module: nn.Module) -> bool:
+    """Whether the kernel takes a module."""
+    if not is_plain(module):
+        return False
     alike = module.bias is None or module.bias.dtype == module.weight.dtype
-    return alike and module.weight.shape[0] >= FEW_ROWS and operators.serves_few(module.weight)
+    return alike and operators.serves_few(module.weight)
 
 
 def few_overrides(model: nn.Module, decoder: nn.Module, phase: Phase) -> Iterator[Override]:
     """Of a decoder's linear layers and the output layer."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_layer(model)
     found = {id(layer): layer for layer in (*decoder.modules(), *([] if head is None else [head]))}
     for layer in filter(served, found.values()):
         yield Override(layer, "forward", few_tokens(layer, phase))

@@ -14,7 +14,7 @@ from popmm.runtime.prompt import PromptPass
 class Phase:
     """Prefill, with a prompt to measure; decode; or neither, which is dense."""
 
-    def __init__(self, waiting: int = 0) -> None:
+    def __init__(self, waiting: int = 0, lossless: bool = False) -> None:
         self.decoding = False  # between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None  # in progress
         self.step = False  # the pass in progress, or the last one, is a decode step: the output layer comes after it
@@ -22,7 +22,7 @@ class Phase:
         # of continuous batching, in a pass with prompts: the tokens that decode, bool [tokens]
         self.alone: Tensor | None = None
         self.shape = (0, 0)  # batch, tokens per sequence
-        self.lossless = False  # decode passes are drafts, and all else is dense
+        self.lossless = lossless  # decode passes are drafts, and all else is dense
         self.checking = False  # the pass in progress checks a draft: several tokens, and no prompt
         self.simulating = False  # passes of several tokens are decode
         self.released = False  # detached: what is left of our wrappers is transparent

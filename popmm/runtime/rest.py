@@ -18,11 +18,10 @@ from popmm.kernels.twin import check_finite, group_of
 from popmm.method.ffn import identity
 from popmm.method.fingerprint import marks_of, same
 from popmm.method.tiers import row_bits
-from popmm.runtime.few import few_tokens, served
+from popmm.runtime.few import few_tokens, is_plain, output_layer, served
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
 
-FEW_ROWS = 16  # of a layer that is not worth it
 SMALL_BATCH = 8  # tokens of a step, up to which each reads the planes; larger ones read the weights as they are
 
 
@@ -140,17 +139,12 @@ def rest_layers(
         ffns: modules whose layers are not among them.
     """
     inside = {id(part) for ffn in ffns for part in ffn.modules()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_layer(model)
     mixers = [part for part in decoder.modules() if is_mixer(part)]
     found = {id(layer): (layer, mates) for mixer in mixers for mates in (Mates(),) for layer in mixer.modules()}
     if head is not None:
         found.setdefault(id(head), (head, Mates()))
     names = {id(module): name for name, module in model.named_modules()}
     for module, mates in (pair for key, pair in found.items() if key not in inside):
-        # what is more than a linear layer (adapters, quantised ones) may compute something else
-        if type(module) is not nn.Linear or "forward" in module.__dict__:
-            continue
-        weight = module.weight
-        plain = type(weight) is nn.Parameter and weight.is_floating_point()
-        if plain and weight.shape[0] >= FEW_ROWS and group_of(weight.shape[1]) >= 16:
+        if is_plain(module) and group_of(module.weight.shape[1]) >= 16:
             yield RestLayer(names.get(id(module), ""), module, bits, phase, mates)

@@ -58,7 +58,7 @@ def wire(
         freed: the FFNs' own weights, if they are to be freed.
         drafts: of lossless decoding.
     """
-    caches = StaticCaches(drafts is not None)
+    caches = StaticCaches(0 if drafts is None else drafts.most + 1)
     by_operators = all(ffn.layout.by_operators for ffn in ffns)
     around = _around_generate(model, runner, drafts, caches, by_operators)
     overrides = [Override(model, name, ours) for name, ours in around]

@@ -93,10 +93,14 @@ def exclusive(generate: Callable, runner: Runner, drafts: Drafts | None) -> Call
 
     @functools.wraps(generate)
     def exclusive_generate(*args, **kwargs):
-        if runner.phase.released or _is_batching(runner, generate, args, kwargs):
+        if runner.phase.released:
+            return generate(*args, **kwargs)
+        setting = generate_settings(generate, args, kwargs)
+        if setting("cache_implementation") == "paged":  # continuous batching, whose passes another thread runs
+            if not runner.stateless:
+                raise RuntimeError(CONTINUOUS_BATCHING)
             return generate(*args, **kwargs)
         with runner.phase.exclusive("generate", queues=True):
-            setting = generate_settings(generate, args, kwargs)
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
             with runner.around.generating(copies, fillers, drafts=bool(setting("is_assistant"))) as watch:
@@ -121,15 +125,6 @@ def _with_drafts(
     call = bound_call(generate, args, kwargs)
     call.arguments["custom_generate"] = drafts.decode
     return call.args, call.kwargs
-
-
-def _is_batching(runner: Runner, generate: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a ``generate`` call is one of continuous batching, whose passes another thread runs."""
-    if generate_settings(generate, args, kwargs)("cache_implementation") != "paged":
-        return False
-    if not runner.stateless:
-        raise RuntimeError(CONTINUOUS_BATCHING)
-    return True
 
 
 def refused_batching(model: nn.Module, runner: Runner) -> list[tuple[nn.Module, str, Callable]]:
