@@ -51,6 +51,8 @@ class FFNSite:
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
     values: Callable[[], FFNWeights] | None = None  # of quantised layers, dequantised; ``weights`` has shapes alone
     packed: PackedWeights | None = None  # the quantised layers
+    reduce: Callable[[Tensor], Tensor] | None = None  # sums the outputs of processes that hold some channels each
+    processes: int = 1  # that hold its channels; ``weights`` are this one's
     name: str = ""
     layer: int = -1
     shared: bool = False  # a shared expert beside routed ones

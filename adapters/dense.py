@@ -21,6 +21,7 @@ from .base import FFNSite, UnsupportedModelError, register
 from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
 from .quantised import CLOSE, Packed, is_quantised
+from .sharded import bias_of_sum, by_channels, is_sharded, local, processes, sum_over_processes, why_not_local
 from .weights import check_finite, is_machine_failure, why_not_plain
 
 __all__ = ["TOLERANCE", "DenseAdapter"]
@@ -50,7 +51,8 @@ class DenseAdapter:
             return None
         quantised = {name: layer for name, layer in layers.items() if is_quantised(layer)}
         for name, layer in layers.items():
-            reason = "" if name in quantised else why_not_plain(layer, name)
+            own = why_not_local if is_sharded(getattr(layer, "weight", None)) else why_not_plain
+            reason = "" if name in quantised else own(layer, name)
             if reason:
                 raise UnsupportedModelError(f"{type(module).__name__} is a gated FFN that cannot be read: {reason}")
         beside = [name for name, child in module.named_children() if name not in layers and _has_parameters(child)]
@@ -66,8 +68,13 @@ class DenseAdapter:
             candidates = [_probe(module, layers, candidates, packed)]
         reading, combine, factor = candidates[0]
         down, up = getattr(module, reading.down), None if reading.up is None else getattr(module, reading.up)
+        reason = by_channels([layer for layer in layers.values() if layer is not down], down)
+        if reason or (is_sharded(down.weight) and reading.up is None):
+            fused = f"{reading.gate} holds gate and up, of which no process has the same channels"
+            raise UnsupportedModelError(f"{type(module).__name__} is spread over processes, and {reason or fused}")
         views = partial(_views, module, reading)
         site = FFNSite(module=module, weights=views, combine=combine, down=down, up=up, factor=factor)
+        site.reduce, site.processes = sum_over_processes(down), processes(down)
         if packed is not None:
             site.weights, site.values = partial(views, packed.stand_in), partial(views, packed.weight)
             site.packed = packed
@@ -119,18 +126,22 @@ def _guesses(readings: list[Reading], activations: list[Callable]) -> list[Combi
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    return layer.weight
+    return local(layer.weight)
 
 
 def _bias(layer: nn.Module) -> Tensor | None:
-    return getattr(layer, "bias", None)
+    return local(getattr(layer, "bias", None))
+
+
+def _bias_of_down(layer: nn.Module) -> Tensor | None:
+    return bias_of_sum(layer) if is_sharded(getattr(layer, "weight", None)) else _bias(layer)
 
 
 def _views(module: nn.Module, reading: Reading, weight: Callable[[nn.Module], Tensor] = _weight) -> FFNWeights:
     gate, down = getattr(module, reading.gate), getattr(module, reading.down)
     if reading.up is not None:
         up = getattr(module, reading.up)
-        return FFNWeights(weight(gate), weight(up), weight(down), _bias(gate), _bias(up), _bias(down))
+        return FFNWeights(weight(gate), weight(up), weight(down), _bias(gate), _bias(up), _bias_of_down(down))
     apart = ARRANGEMENTS[reading.arrangement][0]
     biases = (None, None) if _bias(gate) is None else apart(_bias(gate))
     return FFNWeights(*apart(weight(gate)), weight(down), *biases, _bias(down))
@@ -147,7 +158,8 @@ def _probe(
     """
     kind = type(module).__name__
     plain_layers = {name: layer for name, layer in layers.items() if packed is None or name not in packed.layers}
-    check_finite({f"{name}.{key}": p for name, layer in plain_layers.items() for key, p in layer.named_parameters()})
+    given = {f"{name}.{key}": p for name, layer in plain_layers.items() for key, p in layer.named_parameters()}
+    check_finite({name: local(p) for name, p in given.items()})
     read = {layer: _weight(layer) if packed is None else packed.weight(layer) for layer in layers.values()}
     views = _views(module, candidates[0].reading, read.__getitem__)
     generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
@@ -169,6 +181,8 @@ def _probe(
     if isinstance(expected, Tensor):
         for found in candidates:
             ours = ffn(x, _views(module, found.reading, read.__getitem__), found.combine)
+            reduce = sum_over_processes(getattr(module, found.reading.down)) if packed is None else None
+            ours = ours if reduce is None else reduce(ours)
             if close(ours, expected, tolerance):
                 return found
     raise UnsupportedModelError(

@@ -23,7 +23,7 @@ from popmm.compat import device_map, is_offloaded
 from popmm.config import PopConfig
 from popmm.kernels.twin import group_of
 from popmm.layouts.choose import Layout, choose_layout, shared_parameters, why_not_in_place
-from popmm.layouts.traffic import LEAST_GROUP, SizesRule, sizes_for, with_bits
+from popmm.layouts.traffic import LEAST_GROUP, SizesRule, sizes_for, sizes_together, with_bits
 from popmm.method.budget import MAX_FFN_RATIO, region_sizes
 from popmm.runtime.attachment import MARKER, Attachment
 from popmm.runtime.dense import PrunedFFN
@@ -181,14 +181,16 @@ def _plan(
     if any(group_of(site.weights().d_model) < LEAST_GROUP for site in sites):
         config = config.without_default()
         ratio = ratio_of(description, config)
+    if any(site.processes > 1 for site in sites):
+        _check_spread(config)
     given, config = config, with_bits(config, sites, ratio)
     left_dense = [site for site in sites if site.layer in config.skip_layers or _is_left_alone(site, config)]
     ffns, shared = [], shared_parameters(model)
     for site in sites:
         if site in left_dense:
             continue
-        sizes = sizes_for(site, ratio, config, rule)
-        layouts.append(choose_layout(site, sizes, config, why_not_in_place(site.module, shared)))
+        sizes, several = sizes_for(site, ratio, config, rule), sizes_together(site, ratio, config)
+        layouts.append(choose_layout(site, sizes, several, config, why_not_in_place(site.module, shared)))
         ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
     tower = _pruned_tower(model, config)
     phase = Phase(config.waiting_calls, config.lossless)
@@ -202,6 +204,21 @@ def _plan(
     state = PartitionState(given, ratio, ffns, left_dense, rest, runner, tower, description.left_out, freed)
     experts = [site.module for site in left_dense if site.is_experts]
     return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts, rest, freed, drafts)
+
+
+def _check_spread(config: PopConfig) -> None:
+    """Refuses what a process cannot do that holds some of the channels of each FFN."""
+    if config.importance not in ("wanda", "routed"):
+        raise ValueError(
+            f"importance={config.importance!r} weighs a channel by all of its FFN's, and this model's are spread over "
+            "processes (tensor parallelism): give 'wanda'"
+        )
+    for name, plain in (("weights", "keep"), ("lossless", False), ("rest_bits", 16)):
+        if getattr(config, name) != plain:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: not for weights that are spread over processes (tensor "
+                f"parallelism): leave it {plain!r}"
+            )
 
 
 def _is_left_alone(site: FFNSite, config: PopConfig) -> bool:

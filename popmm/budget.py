@@ -55,7 +55,7 @@ def ratio_of(description: ModelDescription, config: PopConfig) -> float:
     prunable, everything = 0, 0
     for layer in description.layers:
         counted = [site for site in layer.sites if config.shared_experts == "prune" or not site.shared]
-        weights = sum(site.active_weights() for site in counted)
+        weights = sum(site.active_weights() * site.processes for site in counted)
         everything += weights + layer.attention_weights
         prunable += weights if layer.index not in skip_layers else 0
     if prunable == 0:

@@ -12,6 +12,7 @@ from popmm.checks import is_number, layer_indices
 
 DEFAULT_PRUNING_RATIO = 0.4  # of the paper's own selections, and of gate
 DEFAULT_BYTES = 0.33  # of tiers: the fewest at which they lose little (docs/quality.md)
+DEFAULT_BYTES_TOGETHER = 0.36  # of a batch, whose tokens choose together: it loses as little with these
 DRAFT_BYTES, DRAFT_REST_BITS = 0.25, 8  # of drafts, 19 of 20 of which the model accepts
 PLAIN_BITS = 16
 PLANE_BITS = (8, 7, 6, 5, 4, 3)  # in which nested planes can be read
@@ -47,7 +48,7 @@ class PopConfig:
             ``"mask"``: the best K of
             retained and candidate channels pass (paper); ``"keep"``: all of them pass. None = gate, or mask if a
             candidate_fraction is given, which is how the paper's method is set, or tiers with ``bytes`` or
-            ``weight_bits``. Where nothing is said of what to read, tiers with ``bytes=0.33``.
+            ``weight_bits``. Where nothing is said of what to read, tiers with ``bytes=0.33``, of a batch 0.36.
         importance: how a token scores a channel: ``"wanda"`` ``|h_i| * ||W_down[:, i]||`` (paper, eq. 3);
             ``"griffin"`` ``|h_i| / ||h||``; ``"flock"`` ``|h_i| * ||W_down[:, i]|| / ||h||``; ``"routed"``
             wanda times the router's weight (experts; elsewhere wanda); or a callable
@@ -247,6 +248,11 @@ class PopConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not go with selection='tiers': leave it out")
         if self.weight_bits not in (None, *PLANE_BITS) or isinstance(self.weight_bits, bool):
             raise ValueError(f"weight_bits={self.weight_bits!r}: give 8, 7, 6, 5, 4 or 3, or None for tiers")
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was said of what to read."""
+        return self._by_default
 
     @property
     def predicts(self) -> bool:

@@ -27,6 +27,8 @@ class Summarised(Protocol):
 
     def bytes_per_token(self) -> tuple[int, int]: ...
 
+    def bytes_per_step(self, batch: int) -> tuple[int, int]: ...
+
     def channels_skipped(self) -> float: ...
 
     def buffer_bytes(self) -> int: ...
@@ -87,7 +89,8 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
         parts = [f"{n / ffns[0].sizes.d_ff:.0%} in {bits} bits" for bits, n in ffns[0].sizes.tiers]
         how += f" ({', '.join(parts)}, of each FFN's channels; {ffns[0].sizes.base} bits of every gate row"
         own = "; of experts each token reads its own" if any(ffn.site.is_experts for ffn in ffns) else ""
-        how += f"; the tokens of a batch's step choose together, so a batch reads no more{own})"
+        together, whole = state.bytes_per_step(2)
+        how += f"; the tokens of a batch's step choose together: it reads {together / whole:.1%}{own})"
     if c.rest_bits < 16:
         how += f" rest_bits={c.rest_bits}"
     drafted = "drafted " if c.lossless else ""

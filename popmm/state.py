@@ -13,7 +13,7 @@ import torch
 
 from popmm.compat import Cache
 from popmm.config import PopConfig
-from popmm.layouts.traffic import channels_computed
+from popmm.layouts.traffic import at_once, channels_computed
 from popmm.method.drafts import Replay
 from popmm.method.partition import FFNPartition
 from popmm.report import summary_table
@@ -98,6 +98,22 @@ class PartitionState:
         """
         self._runner.around.stands = Replay(rate)
 
+    def bytes_per_step(self, batch: int) -> tuple[int, int]:
+        """(pruned, dense): FFN weight bytes that a decode step of ``batch`` sequences reads, each weight once.
+
+        With ``tiers`` the tokens of a dense FFN choose together; of experts each reads its own, and as many experts are
+        counted as tokens that are sent to them at random would need.
+        """
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+            raise ValueError(f"batch={batch!r}: give a number of sequences, 1 or more")
+        untouched = sum(site.active_bytes() * at_once(site, batch) for site in self._left_dense)
+        dense = sum(ffn.site.active_bytes() * at_once(ffn.site, batch) for ffn in self._ffns)
+        pruned = sum(ffn.bytes_per_step(batch) for ffn in self._ffns)
+        every = self.config.refresh_every
+        if every:  # one step in so many is dense
+            pruned = (every * pruned + dense) / (every + 1)
+        return round(pruned + untouched), round(dense + untouched)
+
     def bytes_per_token(self) -> tuple[int, int]:
         """(pruned, dense): FFN weight bytes that one decoded token reads at batch 1.
 
@@ -105,18 +121,10 @@ class PartitionState:
         columns of the channels that pass. FFNs left dense (``skip_layers``) stand on both sides;
         for experts, those that one token activates count. Of steps that ``refresh_every`` makes dense, the average.
         """
-        pruned = dense = 0.0
-        for ffn in self._ffns:
-            own, all_of_it = ffn.bytes_per_token()
-            pruned, dense = pruned + own, dense + all_of_it
-        every = self.config.refresh_every
-        if every:  # one step in so many is dense
-            pruned = (every * pruned + dense) / (every + 1)
-        untouched = sum(site.active_bytes() for site in self._left_dense)
-        return round(pruned) + untouched, round(dense) + untouched
+        return self.bytes_per_step(1)
 
-    def channels_skipped(self) -> float:
-        """Share of the FFN channels of one decoded token that are not computed, in [0, 1).
+    def channels_skipped(self, batch: int = 1) -> float:
+        """Share of the FFN channels of one decoded token, of a step of ``batch``, that are not computed, in [0, 1).
 
         Of experts, those that the token is sent to count; FFNs left dense count as computed. Rounding the gate rows
         saves bytes and skips nothing.
@@ -124,7 +132,8 @@ class PartitionState:
         skipped = total = 0.0
         for ffn in self._ffns:
             own = ffn.site.active_channels()
-            skipped, total = skipped + own - channels_computed(ffn.site, ffn.sizes, ffn.config), total + own
+            skipped += own - channels_computed(ffn.site, ffn.sizes_of(batch), ffn.config)
+            total += own
         every = self.config.refresh_every
         if every:
             skipped *= every / (every + 1)

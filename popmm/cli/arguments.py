@@ -60,6 +60,14 @@ def prompt_from(args: argparse.Namespace) -> str:
     return prompt.removesuffix("\n") if args.prompt == "-" else prompt
 
 
+def batches(given: str | None) -> list[int]:
+    """The numbers of ``--batch``; 1 unless given."""
+    parts = [part.strip() for part in (given or "1").split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--batch {given}: give numbers of sequences, such as 1,2,4,8,16")
+    return [int(part) for part in parts]
+
+
 def check_folders(*files: Path | None) -> None:
     """Refuses files to write whose folder is not there."""
     for file in files:

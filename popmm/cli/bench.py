@@ -6,6 +6,7 @@ import copy
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from popmm.cli.bench_rows import BenchRow
 from popmm.compat import compiled_anywhere, experts_implementation
 from popmm.config import PopConfig
 from popmm.evaluation.progress import progress
-from popmm.evaluation.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes, pruned_ffn_bytes
+from popmm.evaluation.traffic import copy_bandwidth, dense_ffn_bytes, int8_saving, other_bytes
 from popmm.runtime.clock import Clock
 
 PROMPTS = 2  # that a compiled row decodes before it is measured
@@ -54,8 +55,13 @@ def ways(
     compiled: bool,
     int8: bool = False,
     rest_bits: int = 16,
+    shares: Sequence[float] = (),
 ) -> list[Way]:
-    """Dense rows, then one for each selection, ratio and layout. A selection may carry its bits: ``gate4``."""
+    """Dense rows, then one for each selection, ratio and layout. A selection may carry its bits: ``gate4``.
+
+    Args:
+        shares: of the FFN bytes that rows of ``tiers`` read.
+    """
     has_experts = any(site.is_experts for site in describe(model, probe=False).sites())
     rows = [Way("dense eager")]
     if has_experts and not compiled:
@@ -75,6 +81,9 @@ def ways(
                 config = PopConfig(pruning_ratio=ratio, selection=name, layout=layout, rest_bits=rest_bits, **how)
                 label = f"{selection} {ratio:.0%}" + (f" {layout}" if len(layouts) > 1 else "")
                 rows.append(Way(label, config, compiled))
+    for share in shares:
+        config = PopConfig(bytes=share, selection="tiers", rest_bits=rest_bits)
+        rows.append(Way(f"tiers, bytes {share:g}", config, compiled))
     return rows
 
 
@@ -111,7 +120,7 @@ class Bench:
                 bars.advance(bar)
         found = [self._row(way) for way in rows]
         dense = [row for row, way in zip(found, rows) if way.config is None and not way.int8]
-        baseline = min([row for row in dense if row.row == "dense compiled"] or dense, key=lambda row: row.ms)
+        baseline = min(dense, key=lambda row: row.ms)
         for row in found:
             row.speed_up = baseline.ms / row.ms
             row.of_bytes_ratio = row.speed_up * row.total_bytes / baseline.total_bytes
@@ -170,10 +179,10 @@ class Bench:
         way.times += times
         way.prefills += prefills
         if state is not None:
-            way.skipped = state.channels_skipped()
+            way.skipped = state.channels_skipped(self.batch)
             own, plain = state.rest_bytes()
             way.saved = 0, plain - own
-            way.ffn_bytes, way.buffers = pruned_ffn_bytes(state, self.batch), state.buffer_bytes()
+            way.ffn_bytes, way.buffers = state.bytes_per_step(self.batch)[0], state.buffer_bytes()
             way.partitions.append(state.partition_seconds())
         if self.device.type == "cuda":
             way.peak = max(way.peak, torch.cuda.max_memory_allocated())
@@ -201,6 +210,7 @@ class Bench:
             recompilations=way.recompilations,
             recordings=way.recordings,
             channels_skipped=way.skipped,
+            batch=self.batch,
         )
 
     def _synchronize(self) -> None:

@@ -37,6 +37,11 @@ class BenchRow:
     recompilations: int = 0  # after the first prompt
     recordings: int = 0  # of CUDA graphs, after the first two prompts
     channels_skipped: float = 0.0  # share of a token's FFN channels that are not computed
+    batch: int = 1
+
+    def share_of(self, rows: list[BenchRow]) -> float:
+        """Of the bytes that the first row of the same batch reads, a dense one."""
+        return self.total_bytes / next(row.total_bytes for row in rows if row.batch == self.batch)
 
 
 _COLUMNS = {
@@ -61,26 +66,25 @@ def bench_table(rows: list[BenchRow], title: str) -> Table:
     """Rows for people; the share of the baseline's bytes, and of the FFN channels skipped, stand beside the label."""
     table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("")
-    for name in ("bytes", "skipped", *_COLUMNS):
+    for name in ("batch", "bytes", "skipped", *_COLUMNS):
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        share = f"{row.total_bytes / rows[0].total_bytes:.1%}"
-        skipped = f"{row.channels_skipped:.1%}"
-        table.add_row(row.row, share, skipped, *(form.format(getattr(row, name)) for name, form in _COLUMNS.items()))
+        table.add_row(*_cells(row, rows))
     return table
 
 
 def bench_markdown(rows: list[BenchRow]) -> str:
     """Rows as a Markdown table."""
     lines = [
-        "| row | bytes | skipped | " + " | ".join(n.replace("_", " ") for n in _COLUMNS) + " |",
-        "|---" * (len(_COLUMNS) + 3) + "|",
+        "| row | batch | bytes | skipped | " + " | ".join(n.replace("_", " ") for n in _COLUMNS) + " |",
+        "|---" * (len(_COLUMNS) + 4) + "|",
     ]
-    for row in rows:
-        cells = [form.format(getattr(row, name)) for name, form in _COLUMNS.items()]
-        share, skipped = f"{row.total_bytes / rows[0].total_bytes:.1%}", f"{row.channels_skipped:.1%}"
-        lines.append(f"| {row.row} | {share} | {skipped} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {' | '.join(_cells(row, rows))} |" for row in rows])
+
+
+def _cells(row: BenchRow, rows: list[BenchRow]) -> list[str]:
+    own = [row.row, str(row.batch), f"{row.share_of(rows):.1%}", f"{row.channels_skipped:.1%}"]
+    return own + [form.format(getattr(row, name)) for name, form in _COLUMNS.items()]
 
 
 def machine() -> dict:

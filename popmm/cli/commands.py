@@ -9,6 +9,7 @@ import sys
 
 from popmm.cli.arguments import (
     DEMO_PROMPT,
+    batches,
     check_folders,
     check_pictures,
     config_from,
@@ -155,13 +156,14 @@ def bench(args: argparse.Namespace) -> None:
         raise ValueError("give either --shape, such as llama-3.1-8b, or --model")
     if args.lossless:
         return _bench_lossless(args)
-    for name in ("batch", "prompt_tokens", "new_tokens", "rounds"):
+    for name in ("prompt_tokens", "new_tokens", "rounds"):
         least = 8 if name == "new_tokens" else 1
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
     check_folders(args.json)
     check_pictures(args.plot)
     ratios, selections, layouts = numbers(args.ratios), listed(args.selections), listed(args.layouts)
+    shares, sizes = numbers(args.bytes) if args.bytes else [], batches(args.batch)
     from rich.console import Console
 
     from popmm.cli.bench import Bench, ways
@@ -175,8 +177,10 @@ def bench(args: argparse.Namespace) -> None:
     if args.int8 and importlib.util.find_spec("torchao") is None:
         print("no int8 row: torchao is not installed (pip install torchao)", file=sys.stderr)
         args.int8 = False
-    rows = ways(model, selections, ratios, layouts, compiled, args.int8, args.rest_bits)
-    found = Bench(model, args.batch, args.prompt_tokens, args.new_tokens).run(rows, args.rounds)
+    found = []
+    for size in sizes:
+        rows = ways(model, selections, ratios, layouts, compiled, args.int8, args.rest_bits, shares)
+        found += Bench(model, size, args.prompt_tokens, args.new_tokens).run(rows, args.rounds)
     name = f"{args.shape or args.model}{' (tiny)' if args.tiny else ''}"
     title = f"{name}, {str(model.dtype).removeprefix('torch.')}, batch {args.batch}"
     Console(width=200).print(bench_table(found, title))

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from popmm.cli.arguments import RATIOS, check_folders, check_pictures, config_from, listed, numbers
+from popmm.cli.arguments import RATIOS, batches, check_folders, check_pictures, config_from, listed, numbers
 from popmm.cli.commands import load_from
 from popmm.config import PopConfig
 from popmm.evaluation.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     """Checks the arguments and runs what they ask for."""
     check_folders(args.json)
     check_pictures(args.plot)
-    for name in ("context", "continuation", "texts_per_subset", "subsets", "pictures", "seeds", "batch", "limit"):
+    for name in ("context", "continuation", "texts_per_subset", "subsets", "pictures", "seeds", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
     if args.calibration < 0:
@@ -61,8 +61,10 @@ def _check(args: argparse.Namespace) -> None:
         "--sweep with --tasks, --preset or --task shapes": args.sweep and (tasks or args.task == "shapes"),
         "--sweep, which is of mask, with --bytes, --ffn-ratios, --methods or --candidate-fraction": args.sweep
         and (args.bytes or args.ffn_ratios or args.methods or args.candidate_fraction is not None),
-        "--limit, --batch, --include-path or --run-code without --tasks or --preset": not tasks
-        and (args.limit or args.batch or args.include_path or args.run_code),
+        "--limit, --include-path or --run-code without --tasks or --preset": not tasks
+        and (args.limit or args.include_path or args.run_code),
+        "--batch with --task shapes or --sweep": args.batch and (args.task == "shapes" or args.sweep),
+        "several numbers of --batch with --tasks or --preset": tasks and args.batch and "," in args.batch,
         "--preset, which has its own, with --ratios": args.preset and args.ratios != RATIOS,
         "--bytes with --ffn-ratios": args.bytes and args.ffn_ratios,
         "--plot with --task shapes, which needs --bytes": by_statistics and args.plot,
@@ -78,6 +80,7 @@ def _check(args: argparse.Namespace) -> None:
     for share in numbers(args.bytes or "1"):
         if not 0 < share <= 1:
             raise ValueError(f"--bytes {share}: give shares between 0 and 1, such as 0.7,0.5")
+    batches(args.batch)
     if args.text and not args.text.is_file():
         raise ValueError(f"--text {args.text}: there is no such file")
     if args.preset:
@@ -103,7 +106,7 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
         ratios,
         how.config,
         how.scoring,
-        args.batch or how.batch,
+        batches(args.batch)[0] if args.batch else how.batch,
         args.limit,
         args.include_path,
         args.run_code,
@@ -153,7 +156,8 @@ def _evaluate_methods(args: argparse.Namespace, model, tokenizer) -> None:
         wanted = [Wanted(name, ffn_ratio=ratio) for ratio in numbers(args.ffn_ratios) for name in names]
     else:
         wanted = [Wanted(name, pruning_ratio=ratio) for ratio in numbers(args.ratios) for name in names]
-    rows = evaluate(model, subsets, wanted + [Wanted(name) for name in fixed], base, calibration)
+    together = [replace(w, batch=n) for w in wanted for n in batches(args.batch)]
+    rows = evaluate(model, subsets, together + [Wanted(name) for name in fixed], base, calibration)
     print(rows_to_markdown(rows, exact), f"Weights: {dtype}.")
     measured = {(row.method, row.bytes_wanted) for row in rows}
     for w in wanted:

@@ -81,7 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--preset", help="the paper's protocol: paper-qa, paper-generation or paper-wikitext")
     evaluate.add_argument("--limit", type=int, help="tasks: so many items of each")
     evaluate.add_argument("--include-path", type=Path, help="tasks: folder of further task files")
-    evaluate.add_argument("--batch", type=int, help="tasks: prompts that share a partition (1; presets: 10)")
+    evaluate.add_argument(
+        "--batch",
+        help="sequences decoded together, several comma-separated; tasks: one number (1; presets: 10), whose prompts "
+        "share a partition",
+    )
     evaluate.add_argument("--run-code", action="store_true", help="tasks: run code that the model writes (mbpp, ...)")
     evaluate.add_argument("--plot", type=Path, help="also draw quality against bytes here")
     evaluate.add_argument("--context", type=int, default=96, help="tokens read as prompt (%(default)s)")
@@ -103,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="cuda where there is one, else cpu")
     bench.add_argument("--layers", type=int, help="fewer layers than the shape has")
     bench.add_argument("--tiny", action="store_true", help="a sixteenth of every width, two layers: a dry run")
-    bench.add_argument("--batch", type=int, default=1, help="(%(default)s)")
+    bench.add_argument("--batch", default="1", help="sequences at once, several comma-separated (%(default)s)")
     bench.add_argument("--prompt-tokens", type=int, default=128, help="(%(default)s)")
     bench.add_argument("--new-tokens", type=int, default=128, help="(%(default)s)")
     bench.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
@@ -113,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="comma-separated; gate16, gate8, gate4: bits by hand (%(default)s)",
     )
     bench.add_argument("--ratios", default="0.2,0.4", help="pruning ratios, comma-separated (%(default)s)")
+    bench.add_argument("--bytes", help="shares of the FFN bytes, such as 0.33,0.25, for a row of tiers each")
     bench.add_argument("--layouts", default="auto", help="auto, copy, permute; comma-separated (%(default)s)")
     yes_or_no = argparse.BooleanOptionalAction
     bench.add_argument("--compiled", action=yes_or_no, help="torch.compile with static caches (on CUDA only)")

@@ -262,8 +262,24 @@ def modalities_figure(layers: Mapping[str, Mapping[str, FFNPartition]], rates: M
 
 
 def bench_figure(rows: list, title: str, file: Path) -> None:
-    """Writes a PNG: speed-up of each pruned row against the share of the bytes it reads."""
+    """Writes a picture: speed-up of each pruned row against the share of the bytes it reads; of several batch sizes,
+    tokens per second and bytes of each row by batch.
+    """
     plt = pyplot()
+    if len({row.batch for row in rows}) > 1:
+        figure, (speed, read) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+        for name in dict.fromkeys(row.row for row in rows):
+            own = [row for row in rows if row.row == name]
+            sizes = [row.batch for row in own]
+            speed.plot(sizes, [row.tokens_per_second for row in own], "o-", label=name)
+            read.plot(sizes, [row.share_of(rows) for row in own], "o-", label=name)
+        for axis, what in ((speed, "tokens per second, all sequences"), (read, "bytes read per step, share of dense")):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted({row.batch for row in rows}), sorted({row.batch for row in rows}))
+            axis.set(xlabel="sequences at once", ylabel=what, ylim=(0, None))
+        speed.legend(fontsize=8, frameon=False)
+        figure.suptitle(title, fontsize=11)
+        return save(figure, file)
     figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
     dense = max(row.total_bytes for row in rows)
     for name in dict.fromkeys(row.row.split()[0] for row in rows):
@@ -274,5 +290,4 @@ def bench_figure(rows: list, title: str, file: Path) -> None:
     axis.set(xlabel="bytes read per token, share of dense", ylabel="speed-up against the baseline", title=title)
     axis.invert_xaxis()
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    save(figure, file)

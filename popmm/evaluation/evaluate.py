@@ -32,7 +32,7 @@ MEASURES = ("perplexity", "kl", "top1", "prefix", "exact")
 class Case:
     """A prompt and what is decoded after it."""
 
-    inputs: dict[str, Tensor]  # of the prompt, batch 1
+    inputs: dict[str, Tensor]  # of the prompt, batch 1; of a batch (``together``) all tensors have it before
     tokens: Tensor  # [n], the given continuation
     greedy: Tensor | None = None  # [m], the dense model's own
 
@@ -59,6 +59,7 @@ class Row:
     pruning_ratio: float | None = None  # what was asked for: one of these two
     bytes_wanted: float | None = None
     channels_skipped: float | None = None  # share of a token's FFN channels that are not computed
+    batch: int = 1  # sequences that are decoded together; of them a step reads so many bytes
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,50 @@ class Wanted:
     pruning_ratio: float | None = None
     ffn_ratio: float | None = None
     bytes_share: float | None = None
+    batch: int = 1  # sequences that are decoded together
 
 
 @torch.no_grad()
 def decode_logits(model, inputs: dict[str, Tensor], tokens: Tensor, around) -> Tensor:
-    """Logits ``[n, vocab]``, float32, that predict each of ``tokens`` ``[n]``: the first from the prompt pass.
+    """Logits ``[(batch,) n, vocab]``, float32, that predict each of ``tokens`` ``[(batch,) n]``.
+
+    The first comes of the prompt pass.
 
     Args:
         around: context manager factory around the continuation's pass.
     """
     prompt = model(**inputs, use_cache=True)
-    first = prompt.logits[0, -1:].float()
-    if len(tokens) < 2:
-        return first
-    with around():
-        rest = model(tokens[None, :-1], **cache_argument(model, cache_of(prompt))).logits[0].float()
-    return torch.cat([first, rest])
+    ids = tokens.view(-1, tokens.shape[-1])
+    logits = prompt.logits[:, -1:].float()
+    if ids.shape[1] > 1:
+        with around():
+            rest = model(ids[:, :-1], **cache_argument(model, cache_of(prompt))).logits.float()
+        logits = torch.cat([logits, rest], dim=1)
+    return logits.view(*tokens.shape, -1)
+
+
+def together(cases: list[Case], batch: int) -> list[Case]:
+    """Cases in batches, without greedy texts; those left over, fewer than a batch, are left out.
+
+    Raises:
+        ValueError: their prompts differ in more than their tokens, or are too few.
+    """
+    if batch == 1:
+        return cases
+    alike = {(tuple((name, t.shape) for name, t in case.inputs.items()), case.tokens.shape) for case in cases}
+    if len(alike) > 1 or len(cases) < batch:
+        raise ValueError(
+            f"batches of {batch} need as many texts in each subset, of one length, and there are {len(cases)} texts of "
+            f"{len(alike)} kinds: give texts that are long enough, more of them, or smaller batches"
+        )
+    groups = [cases[i : i + batch] for i in range(0, len(cases) - batch + 1, batch)]
+    return [
+        Case(
+            {name: torch.cat([case.inputs[name] for case in group]) for name in group[0].inputs},
+            torch.stack([case.tokens for case in group]),
+        )
+        for group in groups
+    ]
 
 
 def tracked(items: list, what: str) -> Iterator:
@@ -119,6 +148,7 @@ def evaluate(
     if not calibration and any(METHODS[w.method].calibrated for w in wanted):
         names = sorted({w.method for w in wanted if METHODS[w.method].calibrated})
         raise ValueError(f"{', '.join(names)}: these methods calibrate beforehand; give calibration texts")
+    in_batches = {n: [together(cases, n) for cases in subsets] for n in {1, *(w.batch for w in wanted)}}
     with progress() as bars:
         bar = bars.add_task("evaluating", total=(2 + len(wanted)) * sum(map(len, subsets)))
         dense: list[list[Tensor]] = []
@@ -128,13 +158,14 @@ def evaluate(
                 dense[-1].append(decode_logits(model, case.inputs, case.tokens, nullcontext))
                 bars.advance(bar)
 
-        def measured(around) -> list[dict[str, float]]:
+        def measured(around, batch: int = 1) -> list[dict[str, float]]:
             scores = []
-            for cases, reference in zip(subsets, dense):
+            for cases, reference in zip(in_batches[batch], dense):
                 found = []
-                for case, own in zip(cases, reference):
+                for i, case in enumerate(cases):
+                    own = reference[i] if batch == 1 else torch.stack(reference[i * batch : (i + 1) * batch])
                     found.append(_measure(model, case, own, around))
-                    bars.advance(bar)
+                    bars.advance(bar, batch)
                 scores.append(_subset(found))
             return scores
 
@@ -150,10 +181,11 @@ def evaluate(
                 bars.advance(bar, sum(map(len, subsets)))
                 continue
             with _attached(model, method, base.replace(**ratio), calibration) as state:
-                scores = measured(state.simulated_decode)
+                scores = measured(state.simulated_decode, w.batch)
                 ratio = 0.0 if method.fixed else state.ffn_ratio
-                row = _row(w.method, ratio, share_read(state), share_skipped(state), scores, subsets)
-            row.pruning_ratio, row.bytes_wanted = w.pruning_ratio, w.bytes_share
+                share, skipped = share_read(state, w.batch), share_skipped(state, w.batch)
+                row = _row(w.method, ratio, share, skipped, scores, in_batches[w.batch])
+            row.pruning_ratio, row.bytes_wanted, row.batch = w.pruning_ratio, w.bytes_share, w.batch
             rows.append(row)
     return rows
 
@@ -187,11 +219,13 @@ def _measure(model, case: Case, dense: Tensor, around) -> dict:
     logits = decode_logits(model, case.inputs, case.tokens, around)
     own, reference = logits.log_softmax(-1), dense.log_softmax(-1)
     likeliest = own.argmax(-1)
+    decoded, targets = own[..., 1:, :].flatten(0, -2), case.tokens[..., 1:].flatten()
+    whole = reference[..., 1:, :].flatten(0, -2)
     found = {
-        "entropy": F.nll_loss(own[1:], case.tokens[1:], reduction="none"),
-        "kl": F.kl_div(own[1:], reference[1:], log_target=True, reduction="none").sum(-1),
-        "top1": (likeliest == reference.argmax(-1))[1:].float(),
-        "exact": (likeliest == case.tokens).all().float().view(1),
+        "entropy": F.nll_loss(decoded, targets, reduction="none"),
+        "kl": F.kl_div(decoded, whole, log_target=True, reduction="none").sum(-1),
+        "top1": (decoded.argmax(-1) == whole.argmax(-1)).float(),
+        "exact": (likeliest == case.tokens).all(-1).float().view(-1),
     }
     if case.greedy is not None:
         same = decode_logits(model, case.inputs, case.greedy, around).argmax(-1) == case.greedy
@@ -205,9 +239,9 @@ def _subset(found: list[dict]) -> dict[str, float]:
     return mean
 
 
-def share_skipped(state) -> float:
+def share_skipped(state, batch: int = 1) -> float:
     """Share of a token's FFN channels that were not computed; of thresholds, by what passed."""
-    skipped = state.channels_skipped()
+    skipped = state.channels_skipped(batch)
     total = sum(ffn.site.active_channels() for ffn in state._ffns)
     total += sum(site.active_channels() for site in state._left_dense)
     for ffn in state._ffns:
@@ -232,5 +266,6 @@ def _row(
         values[name] = statistics.mean(of_subsets) if of_subsets else None
         values[f"{name}_spread"] = statistics.stdev(of_subsets) if len(of_subsets) > 1 else 0.0
     values["kl"] = max(values["kl"], 0.0)  # rounding
-    of_all = dict(texts=sum(map(len, subsets)), subsets=len(subsets), channels_skipped=skipped)
+    n_texts = sum(case.tokens.shape[:-1].numel() for own in subsets for case in own)
+    of_all = dict(texts=n_texts, subsets=len(subsets), channels_skipped=skipped)
     return Row(method, ratio, share, **values, **of_all)

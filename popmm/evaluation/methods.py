@@ -16,7 +16,7 @@ from popmm.config import PopConfig
 from popmm.evaluation import baselines
 from popmm.kernels.planes import rounded
 from popmm.kernels.twin import GROUP, group_of
-from popmm.layouts.traffic import SizesRule, bytes_read, sizes_for, with_bits
+from popmm.layouts.traffic import SizesRule, at_once, bytes_read, sizes_for, with_bits
 from popmm.method.budget import region_sizes
 from popmm.method.tiers import PLAIN_BITS
 from popmm.state import PartitionState
@@ -137,15 +137,15 @@ def fit(model, method: Method, base: PopConfig, share: float) -> float | None:
     return high
 
 
-def share_read(state: PartitionState) -> float:
-    """Share of the FFNs' bytes at 16 bits that a token read; of thresholds, by what passed."""
-    dense = sum(site.active_weights() * PLAIN for site in state._left_dense)
+def share_read(state: PartitionState, batch: int = 1) -> float:
+    """Share of the FFNs' bytes at 16 bits that a step of a batch read; of thresholds, by what passed."""
+    dense = sum(site.active_weights() * PLAIN * at_once(site, batch) for site in state._left_dense)
     pruned = float(dense)
     for ffn in state._ffns:
         counts = isinstance(ffn.choose, baselines.Threshold) and ffn.choose.tokens
         passing = ffn.choose.passed / ffn.choose.tokens if counts else None
-        pruned += bytes_read(ffn.site, ffn.sizes, ffn.config, passing, plain=PLAIN)
-        dense += ffn.site.active_weights() * PLAIN
+        pruned += ffn.bytes_per_step(batch, passing, plain=PLAIN)
+        dense += ffn.site.active_weights() * PLAIN * at_once(ffn.site, batch)
     every = state.config.refresh_every
     return (every * pruned / dense + 1) / (every + 1) if every else pruned / dense
 

@@ -21,7 +21,8 @@ def equal_bytes_figure(rows: list[Row], title: str, file: Path, exact: bool = Fa
     figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
     by_method: dict[str, list[Row]] = {}
     for row in rows[1:]:
-        by_method.setdefault(row.method, []).append(row)
+        name = row.method if row.batch == 1 else f"{row.method}, batch of {row.batch}"
+        by_method.setdefault(name, []).append(row)
 
     def value(row: Row) -> tuple[float, float]:
         return (row.exact, row.exact_spread) if exact else (max(row.kl, 1e-7), row.kl_spread)

@@ -25,9 +25,11 @@ def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
         exact: whether the continuations are answers, whose exactness counts.
     """
     last = "exact answers" if exact else "same greedy tokens"
+    batches = any(r.batch > 1 for r in rows)
     lines = [
-        f"| method | asked | FFN bytes | skipped | perplexity | KL to dense | top-1 agreement | {last} |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| method | asked | {'batch | ' * batches}FFN bytes | skipped | perplexity | KL to dense | top-1 agreement | "
+        f"{last} |",
+        "|---" * (8 + batches) + "|",
     ]
     for r in rows:
         if r.bytes_wanted is not None:
@@ -43,11 +45,14 @@ def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
             f"{r.kl:.4f} ± {r.kl_spread:.4f}",
             f"{r.top1:.1%} ± {r.top1_spread:.1%}",
         ]
-        lines.append(f"| {' | '.join([r.method, asked, f'{r.bytes_share:.1%}', skipped, *cells, end])} |")
+        batch = [str(r.batch)] * batches
+        lines.append(f"| {' | '.join([r.method, asked, *batch, f'{r.bytes_share:.1%}', skipped, *cells, end])} |")
     first = rows[0]
     lines.append(
         f"\n{first.texts} texts in {first.subsets} disjoint subsets; ± is the spread over subsets. "
         "Skipped: share of a token's FFN channels that are not computed."
+        + " FFN bytes of a batch: of what its dense step reads."
+        * batches
     )
     return "\n".join(lines)
 

@@ -6,37 +6,15 @@ import time
 
 import torch
 
-from popmm.adapters import FFNSite, describe
+from popmm.adapters import describe
+from popmm.layouts.traffic import at_once
 
 COPIED = 1 << 28  # elements of the copy that measures the memory's bandwidth
-
-
-def at_once(site: FFNSite, batch: int) -> float:
-    """Bytes of a site that ``batch`` tokens read together, in those of one token.
-
-    A weight that several tokens need is read once. Of E experts, of which each token is sent to k at random,
-    ``E (1 - (1 - k / E) ** batch)`` are read.
-    """
-    share = site.top_k / site.n_experts if site.is_experts else 1.0
-    return (1 - (1 - share) ** batch) / share
 
 
 def dense_ffn_bytes(model, batch: int) -> int:
     """FFN bytes that a dense decode step of ``batch`` tokens reads."""
     return round(sum(site.active_bytes() * at_once(site, batch) for site in describe(model, probe=False).sites()))
-
-
-def pruned_ffn_bytes(state, batch: int) -> int:
-    """FFN bytes that a pruned decode step reads. ``gate`` in large batches reads all up and down rows."""
-    total = sum(site.active_bytes() * at_once(site, batch) for site in state._left_dense)
-    for ffn in state._ffns:
-        own, everything = ffn.bytes_per_token()
-        if batch > 1 and ffn.ranking.wants_up and not ffn.gathers(batch):
-            own = everything
-        elif batch > 1 and ffn.ranking.wants_up:  # each token has its own rows
-            own = min(own * batch / at_once(ffn.site, batch), everything)
-        total += own * at_once(ffn.site, batch)
-    return round(total)
 
 
 def other_bytes(model) -> int:

@@ -23,10 +23,13 @@ logger = logging.getLogger("popmm")
 Layout = CopyLayout | PermuteLayout | GateLayout | TiersLayout
 
 
-def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place: str) -> Layout:
+def choose_layout(
+    site: FFNSite, sizes: RegionSizes, several: dict[int, RegionSizes], config: PopConfig, in_place: str
+) -> Layout:
     """The layout that a config asks for; ``auto`` takes the measured faster one of those that are safe.
 
     Args:
+        several: sizes for tokens that choose together, by how many they are at the least.
         in_place: why this site's weights cannot be reordered in place; empty if they can.
 
     Raises:
@@ -40,7 +43,7 @@ def choose_layout(site: FFNSite, sizes: RegionSizes, config: PopConfig, in_place
             "as they lie: give selection='tiers' (bytes=0.25, say), or load the model with unquantised weights"
         )
     if config.selection == "tiers" or site.packed is not None:
-        return TiersLayout(sizes, site.combine, site.name)
+        return TiersLayout(sizes, several, site.combine, site.name)
     if config.layout == "permute" and in_place:
         raise ValueError(f"layout='permute': {site.name} {in_place}; give layout='copy' or 'auto'")
     # on the CPU products read column slices at less bandwidth, 16-bit ones at half

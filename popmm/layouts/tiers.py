@@ -34,13 +34,18 @@ class TiersLayout(ChannelsStay):
     name = "planes"
     reorders = False
 
-    def __init__(self, sizes: TierSizes, combine: Combine, site: str) -> None:
-        self.site, self.sizes = site, sizes
+    def __init__(self, sizes: TierSizes, several: dict[int, TierSizes], combine: Combine, site: str) -> None:
+        """Args:
+        sizes: of a token that chooses for itself.
+        several: of tokens that choose together, by how many they are at the least.
+        """
+        self.site, self.sizes, self.several = site, sizes, several
         self.norms: Tensor | None = None  # float32 [(E,) d_ff]
         self.marks: list[Tensor] = []
         self.gate = self.up = self.down = None  # Planes of rows [(E *) d_ff, d_model]
         self.combine = combine
         self.whole: kernels.TiersFFN | None = None  # the FFN at one call, where its activation has a kernel
+        self._wholes: dict[tuple, kernels.TiersFFN] = {}  # the same by tiers
         self._source: tuple | None = None
         self.replaced = False  # the model's own weights were freed
 
@@ -64,15 +69,31 @@ class TiersLayout(ChannelsStay):
                     self.norms.shape
                 )
                 fix_addresses(self)
-                self.whole = self._at_one_call()
+                self._wholes = {}
+                self.whole = self._at_one_call(self.sizes.tiers)
+                if self.whole is not None:
+                    for sizes in self.several.values():
+                        self._at_one_call(sizes.tiers)
             self._source = identities(source)
 
-    def _at_one_call(self) -> kernels.TiersFFN | None:
+    def _at_one_call(self, tiers: tuple[tuple[int, int], ...]) -> kernels.TiersFFN | None:
         name = recognised(self.combine, self.norms.device) if kernels.serves_tiers(self.gate) else None
         if name is None:
             return None
-        parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
-        return kernels.TiersFFN(parts, self.sizes.d_ff, self.rms, self.norms, biases, name, self.sizes.tiers)
+        if tiers not in self._wholes:
+            parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
+            self._wholes[tiers] = kernels.TiersFFN(parts, self.sizes.d_ff, self.rms, self.norms, biases, name, tiers)
+        return self._wholes[tiers]
+
+    def sizes_of(self, tokens: int) -> TierSizes:
+        """Sizes for so many tokens that choose together."""
+        found = self.sizes
+        for least, sizes in self.several.items():
+            found = sizes if tokens >= least else found
+        return found
+
+    def _whole_of(self, votes: Tensor | None) -> kernels.TiersFFN:
+        return self.whole if votes is None else self._wholes[self.sizes_of(len(votes)).tiers]
 
     def _encoded(self, part: str, rows: Tensor) -> Planes:
         """Of experts one after the other, for their float32 copies are large."""
@@ -106,16 +127,16 @@ class TiersLayout(ChannelsStay):
         with without_autocast(x.device):
             x, first = x.float(), self._first(x, experts)
             if self.whole is not None and not kernels.needs_gradient(x):
-                y, index = self.whole(first.squeeze(1), x, votes)
+                y, index = self._whole_of(votes)(first.squeeze(1), x, votes)
                 return _with(y, self.down_bias, experts), index
             g = kernels.planes_dot(self.gate, self.sizes.base, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
             g = _with(g, self.gate_bias, experts)
-            score = self._score(g, combine, experts)
+            score, sizes = self._score(g, combine, experts), self.sizes
             if votes is not None:
-                score = together(score, votes).expand(len(x), -1)
-            places = assign(score, self.sizes.tiers)
+                score, sizes = together(score, votes).expand(len(x), -1), self.sizes_of(len(x))
+            places = assign(score, sizes.tiers)
             y = x.new_zeros(x.shape)
-            for (bits, _), index in zip(self.sizes.tiers, places):
+            for (bits, _), index in zip(sizes.tiers, places):
                 rows = first + index
                 own = g.gather(1, index)
                 if bits > self.sizes.base:
@@ -135,12 +156,21 @@ class TiersLayout(ChannelsStay):
         if not self.by_operators or x.dtype not in kernels.operators.DTYPES or kernels.needs_gradient(x):
             return None
         first = None if experts is None else experts * self.sizes.d_ff
-        return _with(self.whole.step(x, first, experts is not None, votes), self.down_bias, experts)
+        return _with(self._whole_of(votes).step(x, first, experts is not None, votes), self.down_bias, experts)
 
     def decode_all(
-        self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None = None
+        self,
+        x: Tensor,
+        combine: Combine,
+        source: FFNWeights,
+        choose: Callable | None,
+        experts: Tensor | None = None,
+        votes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same for many rows at once, each plane read once: channels a token does not read are masked.
+
+        Args:
+            votes: float32 ``[batch, steps]`` of as many rows: those of a step choose together.
 
         Returns:
             y as in ``decode``; channels that were read, bool ``[n, d_ff]``.
@@ -148,9 +178,15 @@ class TiersLayout(ChannelsStay):
         with without_autocast(x.device):
             x = x.float()
             g = _with(self._product(self.gate, self.sizes.base, x, experts), self.gate_bias, experts)
-            places = assign(self._score(g, combine, experts), self.sizes.tiers)
+            score, sizes = self._score(g, combine, experts), self.sizes
+            if votes is not None:
+                sizes = self.sizes_of(len(votes))
+                of_steps = score.view(*votes.shape, -1).transpose(0, 1)
+                chosen = together(of_steps, votes.mT).expand(of_steps.shape)
+                score = chosen.transpose(0, 1).reshape(score.shape)
+            places = assign(score, sizes.tiers)
             read, y = torch.zeros_like(g, dtype=torch.bool), x.new_zeros(x.shape)
-            for (bits, _), index in zip(self.sizes.tiers, places):
+            for (bits, _), index in zip(sizes.tiers, places):
                 own = g
                 if bits > self.sizes.base:
                     own = _with(self._product(self.gate, bits, x, experts), self.gate_bias, experts)
@@ -181,6 +217,7 @@ class TiersLayout(ChannelsStay):
     def release(self) -> None:
         """Drops the planes. May be called again."""
         self.gate = self.up = self.down = self.whole = self._source = None
+        self._wholes = {}
 
     def bytes(self) -> int:
         held = [*([self.norms] if self.norms is not None else []), *self.marks]

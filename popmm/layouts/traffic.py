@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from popmm.adapters import FFNSite
-from popmm.config import PopConfig
+from popmm.config import DEFAULT_BYTES, DEFAULT_BYTES_TOGETHER, PopConfig
 from popmm.kernels.twin import group_of
 from popmm.layouts.gate import gate_row_bytes
 from popmm.method.budget import RegionSizes, gate_sizes, region_sizes
@@ -31,8 +31,14 @@ def with_bits(config: PopConfig, sites: list[FFNSite], ratio: float) -> PopConfi
     return config.replace(gate_bits=8 if budget >= BEST_OF_EIGHT else 4)
 
 
-def sizes_for(site: FFNSite, ratio: float, config: PopConfig, rule: SizesRule = region_sizes) -> RegionSizes:
-    """Sizes of a site's regions at an FFN ratio; ``gate`` and ``tiers`` have their own rules, by bytes."""
+def sizes_for(
+    site: FFNSite, ratio: float, config: PopConfig, rule: SizesRule = region_sizes, tokens: int = 1
+) -> RegionSizes:
+    """Sizes of a site's regions at an FFN ratio; ``gate`` and ``tiers`` have their own rules, by bytes.
+
+    Args:
+        tokens: how many choose together.
+    """
     weights = site.weights()
     if config.selection not in ("gate", "tiers"):
         return rule(weights.d_ff, ratio, config.candidate_fraction)
@@ -44,9 +50,28 @@ def sizes_for(site: FFNSite, ratio: float, config: PopConfig, rule: SizesRule = 
             "does not divide: give selection='gate' with gate_bits=16"
         )
     if config.selection == "tiers":
-        return tier_sizes(weights.d_ff, 1 - ratio, group, config.weight_bits)
+        return tier_sizes(weights.d_ff, 1 - ratio, group, config.weight_bits, tokens)
     cost = gate_row_bytes(weights, config.gate_bits) / (weights.gate.element_size() * weights.d_model)
     return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost)
+
+
+def sizes_together(site: FFNSite, ratio: float, config: PopConfig) -> dict[int, RegionSizes]:
+    """Sizes for tokens that choose together, by how many they are at the least; of experts each chooses for itself."""
+    if config.selection != "tiers" or site.is_experts:
+        return {}
+    if config.is_default and not config.lossless:
+        ratio = max(ratio - (DEFAULT_BYTES_TOGETHER - DEFAULT_BYTES), 0.0)
+    return {2: sizes_for(site, ratio, config, tokens=2)}
+
+
+def at_once(site: FFNSite, batch: int) -> float:
+    """Bytes of a site that ``batch`` tokens read together, in those of one token.
+
+    A weight that several tokens need is read once. Of E experts, of which each token is sent to k at random,
+    ``E (1 - (1 - k / E) ** batch)`` are read.
+    """
+    share = site.top_k / site.n_experts if site.is_experts else 1.0
+    return (1 - (1 - share) ** batch) / share
 
 
 def bytes_read(

@@ -37,6 +37,19 @@ SPLITS = {
         (0.516, 1.0, 0.0),
     ),
 }
+# the same for tokens that choose together: what few of them need is not dropped, for it weighs much with those few
+SEVERAL = {
+    3: ((0.0, 0.0, 0.0), (0.20, 0.0, 0.10), (0.21, 0.0, 0.12)),
+    4: (
+        (0.0, 0.0, 0.0),
+        (0.266, 0.0, 0.10),
+        (0.30, 0.03, 0.24),
+        (0.328, 0.05, 0.40),
+        (0.36, 0.10, 0.55),
+        (0.40, 0.23, 0.57),
+        (0.516, 1.0, 0.0),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +84,12 @@ def _cost(bits: int, group: int) -> float:
     return bits - base_of(bits) + 2 * row_bits(bits, group)
 
 
-def tier_sizes(d_ff: int, share: float, group: int, weight_bits: int | None = None) -> TierSizes:
+def tier_sizes(d_ff: int, share: float, group: int, weight_bits: int | None = None, tokens: int = 1) -> TierSizes:
     """Tiers that read ``share`` of the bytes that the FFN has in 16 bits.
 
     Args:
         weight_bits: all channels in so many bits, whatever the share below 1: a quantised FFN that chooses nothing.
+        tokens: how many choose together, and read the same channels.
 
     Raises:
         ValueError: the gate's first plane alone would take the bytes.
@@ -93,7 +107,7 @@ def tier_sizes(d_ff: int, share: float, group: int, weight_bits: int | None = No
             f"before any channel, and may read {share:.1%}: give bytes={least + 0.02:.2f} or more"
         )
     counts, free = [], d_ff
-    for bits, wanted in zip((base + 4, base + 2, base), (*_split(share, base), 1.0)):
+    for bits, wanted in zip((base + 4, base + 2, base), (*_split(share, base, tokens), 1.0)):
         n = max(0, min(free, round(wanted * d_ff), int(left / _cost(bits, group) * d_ff + 0.5)))
         counts.append((bits, n))
         free, left = free - n, left - n * _cost(bits, group) / d_ff
@@ -101,9 +115,9 @@ def tier_sizes(d_ff: int, share: float, group: int, weight_bits: int | None = No
     return TierSizes(d_ff, read, 0, d_ff, tuple((bits, n) for bits, n in counts if n))
 
 
-def _split(share: float, base: int) -> tuple[float, float]:
-    """Shares of the channels read in all planes and in two, between the points of ``SPLITS``."""
-    points = SPLITS[base]
+def _split(share: float, base: int, tokens: int) -> tuple[float, float]:
+    """Shares of the channels read in all planes and in two, between the points of the tables."""
+    points = (SPLITS if tokens == 1 else SEVERAL)[base]
     for (low, *before), (high, *after) in itertools.pairwise(points):
         if share <= high:
             t = (share - low) / (high - low)
@@ -119,10 +133,10 @@ def assign(score: Tensor, tiers: tuple[tuple[int, int], ...]) -> list[Tensor]:
 
 
 def together(score: Tensor, votes: Tensor) -> Tensor:
-    """Scores ``[1, u]`` by which tokens choose together, of each one's ``[n, u]``.
+    """Scores ``[..., 1, u]`` by which tokens choose together, of each one's ``[..., n, u]``.
 
-    The sum of their squares, of each token made to sum to its vote ``[n]``.
+    The sum of their squares, of each token made to sum to its vote ``[..., n]``.
     """
     squares = score.double().square()
     shares = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return (votes.double().unsqueeze(-1) * shares).sum(0, keepdim=True).float()
+    return (votes.double().unsqueeze(-1) * shares).sum(-2, keepdim=True).float()

@@ -94,6 +94,16 @@ class Around:
             counted = first_copies(counted, shape, self.copies)
         return counted
 
+    def simulated_votes(self, arguments: dict[str, Any], shape: tuple[int, int], past: int) -> Tensor | None:
+        """The same of a pass whose columns are steps, float32 ``[batch, steps]``: padding has no vote."""
+        if shape[0] == 1:
+            return None
+        counted = counted_tokens(arguments.get("attention_mask"), shape, past)
+        if counted is not None:
+            return counted.float()
+        given = next(t for name in ("input_ids", "inputs_embeds") if (t := arguments.get(name)) is not None)
+        return torch.ones(shape, dtype=torch.float32, device=given.device)
+
     def votes(self, arguments: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
         """What the tokens of a batch's step count in a choice that they make together, float32 ``[batch]``.
 

@@ -84,8 +84,8 @@ class PrunedFFN(PrunedSite):
         rows, layout, combine = x.flatten(0, -2), self.layout, self.site.combine
         dtype = output_dtype(self.site.weights().down)
         votes = self.votes(len(rows))
-        if votes is not None or self.gathers(len(rows)):
-            how = {} if votes is None else {"votes": votes}
+        how = {} if votes is None else {"votes": votes}
+        if (votes is not None and not self.phase.simulating) or self.gathers(len(rows)):
             y = layout.step(rows, combine, **how) if self.trace is None and rows.dtype == dtype else None
             if y is not None:
                 return y.view(x.shape), None
@@ -93,7 +93,7 @@ class PrunedFFN(PrunedSite):
             passing = self.marked(index) if self.trace is not None else None
         else:
             choose = self.choose if self.phase.simulating else None
-            y, passing = layout.decode_all(rows, combine, self.site.weights(), choose)
+            y, passing = layout.decode_all(rows, combine, self.site.weights(), choose, **how)
         return y.view(x.shape).to(dtype), passing
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,8 +103,10 @@ class PrunedFFN(PrunedSite):
             The output ``[..., d_model]``, and which of the channels in reading order passed, bool
             ``[..., |R| + |C|]``; None if all did.
         """
-        if self.config.predicts:
-            return self._decode_predicted(x)
+        y, passing = self._decode_predicted(x) if self.config.predicts else self._decode_regions(x)
+        return (y if self.site.reduce is None else self.site.reduce(y)), passing
+
+    def _decode_regions(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         layout, sizes = self.layout, self.sizes
         h, passing = arithmetic.hidden(x, layout.padded, self.site.combine)[..., : sizes.read], None
         if self.config.selection == "mask":

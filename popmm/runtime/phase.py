@@ -18,7 +18,8 @@ class Phase:
         self.decoding = False  # between passes it says what a compiled step will be
         self.prompt: PromptPass | None = None  # in progress
         self.step = False  # the pass in progress, or the last one, is a decode step: the output layer comes after it
-        self.votes: Tensor | None = None  # of a batch's tokens in a choice that they make together, float32 [batch]
+        # of a batch's tokens in a choice that they make together, float32 [batch]; simulated, [batch, steps]
+        self.votes: Tensor | None = None
         # of continuous batching, in a pass with prompts: the tokens that decode, bool [tokens]
         self.alone: Tensor | None = None
         self.shape = (0, 0)  # batch, tokens per sequence

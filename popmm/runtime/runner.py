@@ -83,6 +83,7 @@ class Runner:
             known = self.sequences.on(cache)
             self.phase.votes = None if self.phase.simulating else self.around.votes(arguments, shape)
             if self.phase.simulating:
+                self.phase.votes = self.around.simulated_votes(arguments, shape, past_tokens(cache, known))
                 if known is not None and 0 < self.refresh_every < known.steps + shape[1]:
                     raise RuntimeError(
                         f"simulated decode of {shape[1]} tokens passes a step that refresh_every={self.refresh_every} "

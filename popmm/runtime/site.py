@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from popmm.layouts.choose import Layout
-from popmm.layouts.traffic import bytes_read
+from popmm.layouts.traffic import at_once, bytes_read
 from popmm.method import ffn as arithmetic
 from popmm.method.budget import RegionSizes
 from popmm.method.fingerprint import IDENTIFYING
@@ -125,7 +125,7 @@ class PrunedSite:
     def votes(self, n_tokens: int) -> Tensor | None:
         """What tokens count in a choice that they make together: with ``tiers``, those of a batch's step do."""
         votes = self.phase.votes
-        together = votes is not None and self.config.selection == "tiers" and len(votes) == n_tokens
+        together = votes is not None and self.config.selection == "tiers" and votes.numel() == n_tokens
         return votes if together else None
 
     def layout_order(self) -> Tensor:
@@ -163,9 +163,30 @@ class PrunedSite:
         self.layout.release()
         self.ranking.forget_weights()
 
+    def sizes_of(self, batch: int) -> RegionSizes:
+        """Sizes of the regions in a step of so many tokens."""
+        return self.layout.sizes_of(batch) if self.config.selection == "tiers" else self.sizes
+
+    def bytes_per_step(self, batch: int = 1, passing: float | None = None, plain: int | None = None) -> float:
+        """Weight bytes that a pruned step of ``batch`` tokens reads, each weight once.
+
+        Tokens that choose for themselves (``gate``, experts) read rows of their own, at the most all there are; what
+        ``gate`` reads of many is all up and down rows.
+
+        Args:
+            passing, plain: as for ``bytes_read``.
+        """
+        own = bytes_read(self.site, self.sizes_of(batch), self.config, passing, plain)
+        apart = self.config.selection == "gate" or (self.config.selection == "tiers" and self.site.is_experts)
+        if batch > 1 and apart:
+            everything = self.site.active_weights() * plain if plain else self.site.active_bytes()
+            rows = own * batch / at_once(self.site, batch) if self.layout.gathers(batch) else everything
+            own = min(rows, everything)
+        return own * at_once(self.site, batch)
+
     def bytes_per_token(self) -> tuple[float, float]:
         """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``."""
-        return bytes_read(self.site, self.sizes, self.config), self.site.active_bytes()
+        return self.bytes_per_step(), self.site.active_bytes()
 
 
 def _origin(kind: str, layout: Layout, source: FFNWeights) -> str:

@@ -37,6 +37,56 @@ def test_one_simulated_pass_equals_decoding_token_by_token(name, build, selectio
     assert all(mask.shape[0] == 7 for mask in trace.values())
 
 
+@pytest.mark.parametrize("name, build", [("llama", tiny.dense), ("gemma3", tiny.dense), ("mixtral", tiny.moe)])
+@pytest.mark.parametrize("batch", [2, 5])
+@torch.no_grad()
+def test_so_it_does_in_a_batch_whose_tokens_choose_together(name, build, batch):
+    model = build(name)
+    prompt, continuation = tiny.prompt(12, batch=batch), tiny.prompt(5, seed=1, batch=batch)
+    with popmm.pruned(model, bytes=0.27) as state:
+        kept = cache_argument(model, cache_of(model(prompt)))
+        with state.trace() as stepped:
+            one_by_one = [model(continuation[:, i : i + 1], **kept).logits for i in range(5)]
+        kept = cache_argument(model, cache_of(model(prompt)))
+        with state.simulated_decode(), state.trace() as trace:
+            at_once = model(continuation, **kept).logits
+    # our kernels round what they multiply, and a pass of many tokens does not
+    assert (at_once - torch.cat(one_by_one, 1)).norm() <= 0.03 * at_once.norm()
+    for name in trace:
+        assert (trace[name] != stepped[name]).float().mean() < 0.02
+        if "mixtral" not in type(model).__name__.lower():
+            assert (trace[name] == trace[name][:, :1]).all()
+
+
+@torch.no_grad()
+def test_padding_has_no_vote_in_a_simulated_batch(llama):
+    """What stands in padded places of a batch changes nothing for the others."""
+    prompt, continuation = tiny.prompt(12, batch=2), tiny.prompt(5, seed=1, batch=2)
+    mask = torch.ones(2, 17, dtype=torch.int64)
+    mask[1, 14:] = 0
+    found = []
+    with popmm.pruned(llama, bytes=0.27) as state:
+        for filler in (3, 9):
+            continuation[1, 2:] = filler
+            kept = cache_argument(llama, cache_of(llama(prompt, attention_mask=mask[:, :12])))
+            with state.simulated_decode():
+                found.append(llama(continuation, attention_mask=mask, **kept).logits[0])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+def test_rows_by_batch(llama):
+    """A batch's row is of what its tokens choose together; texts that fill none are left out."""
+    subsets = [cases_of([tiny.prompt(20, seed=s)[0] for s in range(5)], context=10)]
+    wanted = [Wanted("tiers", bytes_share=0.3, batch=n) for n in (1, 2, 4)]
+    dense, *rows = evaluate(llama, subsets, wanted, popmm.PopConfig())
+    assert [(row.batch, row.texts) for row in rows] == [(1, 5), (2, 4), (4, 4)]
+    assert all(row.bytes_share == pytest.approx(0.3, abs=0.02) for row in rows)
+    assert rows[0].kl < rows[2].kl and dense.batch == 1
+    assert "| tiers | 30% of bytes | 4 |" in rows_to_markdown([dense, *rows])
+    with pytest.raises(ValueError, match="batches of 8 need as many texts"):
+        evaluate(llama, subsets, [Wanted("tiers", bytes_share=0.3, batch=8)], popmm.PopConfig())
+
+
 def test_rows_hold_the_measures_of_the_definition(llama):
     texts = [tiny.prompt(20, seed=s)[0] for s in range(4)]
     subsets = [with_greedy(llama, cases_of(part, context=10), 6) for part in (texts[:2], texts[2:])]

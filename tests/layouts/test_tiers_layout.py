@@ -155,7 +155,7 @@ def test_batches_choose_together(llama):
     with popmm.pruned(llama, CONFIG) as state, state.trace() as trace:
         llama.generate(ids, max_new_tokens=3, do_sample=False)
         mask = trace["model.layers.0.mlp"]
-    assert (mask.sum(-1) == state._ffns[0].sizes.budget).all() and (mask == mask[:, :1]).all()
+    assert (mask.sum(-1) == state._ffns[0].sizes_of(3).budget).all() and (mask == mask[:, :1]).all()
 
 
 def test_tiers_are_the_default_and_give_way_to_whatever_is_asked_for():

@@ -26,15 +26,31 @@ def test_all_rows_read_the_same_channels(name, n):
         batch(model, tiny.prompt(9, batch=n))
         for masks in trace.values():
             assert masks.shape[1] == n and (masks == masks[:, :1]).all()
-            assert int(masks[0, 0].sum()) == sum(count for _, count in state._ffns[0].sizes.tiers)
+            assert int(masks[0, 0].sum()) == sum(count for _, count in state._ffns[0].sizes_of(n).tiers)
 
 
-def test_a_row_alone_and_in_a_batch_of_itself():
+def test_rows_that_are_alike_get_one_text_however_many_they_are():
     model = MODELS["llama"].build()
     with popmm.pruned(model, **SETTINGS):
-        alone = batch(model, tiny.prompt(9))
-        both = batch(model, tiny.prompt(9).repeat(3, 1))
-    assert torch.equal(both, alone.repeat(3, 1))
+        two = batch(model, tiny.prompt(9).repeat(2, 1))
+        five = batch(model, tiny.prompt(9).repeat(5, 1))
+    assert torch.equal(five, two[:1].repeat(5, 1))
+
+
+def test_a_batch_reads_the_bytes_that_were_asked_for_and_more_by_default():
+    """What few tokens of a batch need is read in fewer bits rather than dropped."""
+    model = MODELS["llama"].build()
+    with popmm.pruned(model, bytes=0.33) as state:
+        (one, dense), (many, of_many) = state.bytes_per_step(1), state.bytes_per_step(7)
+        assert of_many == dense and many == pytest.approx(one, rel=0.03)
+        assert state.channels_skipped(7) < state.channels_skipped() / 2
+        alone, together = (dict(state._ffns[0].sizes_of(n).tiers) for n in (1, 7))
+        assert together[8] < alone[8] and together[4] > alone[4]
+        with pytest.raises(ValueError, match="batch=0: give a number of sequences"):
+            state.bytes_per_step(0)
+    with popmm.pruned(model) as state:  # float32: half of the share at 16 bits
+        assert state.bytes_per_step(4)[0] / dense == pytest.approx(0.36 / 2, rel=0.03)
+        assert "it reads 18." in state.summary()
 
 
 def test_the_order_of_rows_does_not_matter():
