@@ -43,11 +43,14 @@ def run(args: argparse.Namespace) -> None:
         )
     read, dense = server.state.bytes_per_token()
     many = f"up to {limits.running} sequences at once" if server.engine.batches else "one request after the other"
-    for_people().print(
-        f"{args.model} at http://{args.host}:{args.port}/v1, {many}, reading {human_bytes(read)} of "
-        f"{human_bytes(dense)} FFN weights per token ({read / dense:.1%}); Ctrl-C stops it",
-        style="dim",
-        soft_wrap=True,
-        markup=False,
-    )
-    server.run()
+
+    def started() -> None:
+        for_people().print(
+            f"{args.model} at http://{args.host}:{server.port}/v1, {many}, reading {human_bytes(read)} of "
+            f"{human_bytes(dense)} FFN weights per token ({read / dense:.1%}); Ctrl-C stops it",
+            style="dim",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    server.run(started)

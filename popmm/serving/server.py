@@ -132,8 +132,13 @@ class Server:
         """Where it listens; None before."""
         return self._uvicorn.port
 
-    def run(self) -> None:
-        """Serves until it is told to stop, by a signal or by ``stop``; then ends what runs, and detaches the model."""
+    def run(self, started: Callable[[], None] = lambda: None) -> None:
+        """Serves until it is told to stop, by a signal or by ``stop``; then ends what runs, and detaches the model.
+
+        Args:
+            started: is called once requests are taken.
+        """
+        self._uvicorn.says = started
         try:
             self._uvicorn.run()
         finally:
@@ -155,6 +160,7 @@ class _Uvicorn(uvicorn.Server):
 
     def __init__(self, gate: Gate, grace: float, host: str, port: int) -> None:
         self._gate, self._grace = gate, grace
+        self.says: Callable[[], None] = lambda: None
         # the gate ends requests with an answer; what is left after that is cut off
         cut = int(grace) + 10
         super().__init__(uvicorn.Config(gate, host, port, log_level="warning", timeout_graceful_shutdown=cut))
@@ -162,6 +168,11 @@ class _Uvicorn(uvicorn.Server):
     @property
     def port(self) -> int | None:
         return self.servers[0].sockets[0].getsockname()[1] if self.started else None
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.says()
 
     async def shutdown(self, sockets=None) -> None:
         self._gate.close(self._grace)

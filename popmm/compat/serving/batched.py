@@ -114,6 +114,7 @@ class Batched(Engine, CBGenerateManager):
     def _submit(self, inputs: dict, config: GenerationConfig, request_id: str, take: Callable) -> None:
         """Puts a request among the others; ``take`` is called in the event loop with each new token's output."""
         self._check_alive(request_id)
+        self._drop_strays()
         ids = list(inputs["input_ids"])
         self.fit(len(ids), config)
         seen = 0
@@ -140,8 +141,15 @@ class Batched(Engine, CBGenerateManager):
     def _forget(self, request_id: str) -> None:
         """Frees a request's slot and cache; transformers keeps the handler of a request that was cancelled."""
         self._cb.cancel_request(request_id)
-        with self._cb.output_router._lock:
-            self._cb.output_router.result_handlers.pop(request_id, None)
+        router = self._cb.output_router
+        with router._lock:
+            router.result_handlers.pop(request_id, None)
+
+    def _drop_strays(self) -> None:
+        """Outputs that came after their request was forgotten."""
+        strays = self._cb.output_router.output_queue
+        while not strays.empty():
+            strays.get_nowait()
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         queue: asyncio.Queue = asyncio.Queue()
