@@ -26,6 +26,11 @@ def run(args: argparse.Namespace) -> None:
     )
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: give a number up to 65535")
+    together = args.continuous_batching
+    if args.statistics == "prompt":  # which many sequences do not share
+        if together:
+            raise ValueError("--continuous-batching: --statistics prompt is of one prompt; leave it out")
+        together = False
     from popmm.report import human_bytes
     from popmm.serving.server import Server
     from popmm.zoo.loading import load_model
@@ -38,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
             limits,
             host=args.host,
             port=args.port,
-            together=args.continuous_batching,
+            together=together,
             share_prefixes=args.share_prefixes,
         )
     read, dense = server.state.bytes_per_token()

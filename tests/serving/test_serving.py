@@ -1,13 +1,16 @@
 """``popmm serve`` with OpenAI's client: each request gets its own answer, whatever else goes on."""
 
 import asyncio
+import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 from served import LENGTHS, PROMPTS, alone, client, complete, figures, serving, stories, text_of, until
 
 import popmm
+from popmm import zoo
 from popmm.serving.limits import Limits
 
 LONG = 450  # tokens, of the 512 that the model reads
@@ -81,6 +84,16 @@ def test_sampled_ones_do_not_mix_with_greedy_ones(server, expected):
     assert sum(a != b for a, b in zip(answers[1::2], expected[1::2])) > 8
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_ends_the_text(server, stream):
+    whole = complete(server, PROMPTS[8], 60).choices[0].text
+    before, _, _ = whole.partition(".")
+    answer = complete(server, PROMPTS[8], 60, stop=["xyz", "."], stream=stream)
+    text = text_of(answer) if stream else answer.choices[0].text
+    assert text == before + "."
+    until(lambda: server.engine.running == 0)
+
+
 def test_who_goes_away_frees_a_place(server):
     before = figures(server)
     chunks = complete(server, PROMPTS[0], LONG, stream=True)
@@ -118,7 +131,6 @@ BAD = {
     "prompt has 64. tokens: at most 511": dict(prompt=" a" * 640),
     "max_tokens=508 or less": dict(prompt=PROMPTS[0] + " there", max_tokens=900),
     "n is not served": dict(prompt="One day", n=2),
-    "stop: not served together": dict(prompt="One day", stop=["."]),
     "RepetitionPenalty.*--no-continuous-batching": dict(prompt="One day", frequency_penalty=0.5),
     "num_beams=3 is not served": dict(
         prompt="One day", extra_body={"generation_config": '{"num_beams": 3, "max_new_tokens": 4}'}
@@ -230,3 +242,28 @@ def test_when_stopped_what_takes_too_long_is_told():
     assert "shutting down" in told[0]
     with pytest.raises(RuntimeError, match="not attached"):
         popmm.detach(model)
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_take_no_more_memory():
+    """Half of them are streams, and one in ten goes away."""
+    psutil = pytest.importorskip("psutil")
+    process, held = psutil.Process(), []
+    with serving(popmm.PopConfig(), load=lambda: zoo.load("stories")) as server, client(server) as whom:
+
+        def ask(i):
+            how = dict(model="tales", prompt=PROMPTS[i % 32], max_tokens=LENGTHS[i % 32], stream=i % 2 == 0)
+            answer = whom.completions.create(**how, temperature=i % 3 / 2)
+            if i % 10 == 0:
+                return answer.close()
+            return list(answer) if i % 2 == 0 else answer
+
+        with ThreadPoolExecutor(16) as pool:
+            for first in range(0, 1000, 100):
+                list(pool.map(ask, range(first, first + 100)))
+                gc.collect()
+                held.append(process.memory_info().rss / 2**20)
+                print(f"{first + 100} requests: {held[-1]:.1f} MiB")
+        until(lambda: server.engine.running == server.gate.inside == 0)
+        assert not server.engine._cb.output_router.result_handlers
+    assert held[-1] - held[2] < 0.03 * held[2]

@@ -123,7 +123,7 @@ def test_settings_that_one_prompt_decides_are_not_batched():
         server_module.Server("zoo:shapes", shapes, popmm.PopConfig(), limits, together=True)
 
 
-def test_the_command(monkeypatch, capsys, tmp_path):
+def test_the_command(monkeypatch, capsys):
     made = []
 
     class Recorded(server_module.Server):
@@ -141,7 +141,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     assert "up to 3 sequences at once" in capsys.readouterr().err
     assert main(["serve", "zoo:stories", "--statistics", "prompt", "--port", "0"]) == 0
     assert made[1].state.config.statistics == "prompt" and not made[1].engine.batches
-    assert "one after the other: statistics='prompt'" in capsys.readouterr().err
+    assert "one request after the other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
         (["--max-running", "0"], "running=0: give a number of 1 or more"),
         (["--max-seconds", "-1"], "seconds=-1.0"),
         (["--port", "70000"], "--port 70000"),
+        (["--statistics", "prompt", "--continuous-batching"], "is of one prompt"),
         (["--cache-tokens", "3"], "cache_tokens=3"),
     ],
 )

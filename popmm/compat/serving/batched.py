@@ -10,6 +10,7 @@ from fastapi import HTTPException
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cli.serving.utils import CBGenerateManager, CBStreamer, CBWorkerDeadError, _StreamError
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 from popmm.compat.serving.engine import STREAMING, Engine, Failed, in_json
 from popmm.compat.serving.sampling import SAMPLED, sample_by_request, sampling
@@ -100,10 +101,10 @@ class Batched(Engine, CBGenerateManager):
 
     def _unserved(self, config: GenerationConfig) -> set[str]:
         """What a configuration asks for that is not set for each request by itself."""
-        return {type(p).__name__ for p in self.model._get_logits_processor(config)} - SAMPLED
+        return {type(p).__name__ for p in self.model._get_logits_processor(config, 1)} - SAMPLED
 
     def check(self, config: GenerationConfig) -> None:
-        found = sorted(self._unserved(config) - self._own) + ["stop"] * (config.stop_strings is not None)
+        found = sorted(self._unserved(config) - self._own)
         if found:
             raise HTTPException(
                 400,
@@ -111,18 +112,23 @@ class Batched(Engine, CBGenerateManager):
                 "with --no-continuous-batching",
             )
 
-    def _submit(self, inputs: dict, config: GenerationConfig, request_id: str, take: Callable) -> None:
+    def _submit(self, processor, inputs: dict, config: GenerationConfig, request_id: str, take: Callable) -> None:
         """Puts a request among the others; ``take`` is called in the event loop with each new token's output."""
         self._check_alive(request_id)
         self._drop_strays()
         ids = list(inputs["input_ids"])
         self.fit(len(ids), config)
-        seen = 0
+        seen, over, stops = 0, False, Stops(processor, config.stop_strings)
 
         def counting(output) -> None:
-            nonlocal seen
+            nonlocal seen, over
+            if over:
+                return
             self.count(new=len(output.generated_tokens) - seen)
             seen = len(output.generated_tokens)
+            if stops.end(output.generated_tokens) and not output.is_finished():
+                over, output.status = True, RequestStatus.FINISHED
+                self._forget(request_id)
             take(output)
 
         self._cb.register_result_handler(request_id, counting)  # first: an answer may be quick
@@ -168,7 +174,7 @@ class Batched(Engine, CBGenerateManager):
             except Exception as error:
                 queue.put_nowait(_StreamError(in_json(str(error))))
 
-        self._submit(inputs, gen_config, request_id, take)
+        self._submit(processor, inputs, gen_config, request_id, take)
         return queue, streamer
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
@@ -178,7 +184,7 @@ class Batched(Engine, CBGenerateManager):
             if not done.done() and (output.error is not None or output.is_finished()):
                 done.set_result(output)
 
-        self._submit(inputs, gen_config, request_id, take)
+        self._submit(processor, inputs, gen_config, request_id, take)
         try:
             output = await done
         except asyncio.CancelledError:
@@ -194,3 +200,24 @@ class Batched(Engine, CBGenerateManager):
         """Ends what still runs, with an error to each request."""
         if self._cb is not None and self._cb.is_running():
             self._cb.stop(block=True, timeout=timeout, hard_stop=True)
+
+
+class Stops:
+    """Texts that end an answer, and are its last words, as ``generate`` has it.
+
+    Args:
+        processor: a tokenizer, or a processor that has one.
+        stops: a text, several, or None.
+    """
+
+    def __init__(self, processor, stops: str | list[str] | None) -> None:
+        self._stops = [stops] if isinstance(stops, str) else [stop for stop in stops or [] if stop]
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._tokens = max((len(stop.encode()) for stop in self._stops), default=0) + 1  # a token is a byte or more
+
+    def end(self, ids: list[int]) -> bool:
+        """Whether the last of these tokens has completed one."""
+        if not self._stops:
+            return False
+        tail = self._tokenizer.decode(ids[-self._tokens :], skip_special_tokens=True)
+        return any(stop in tail for stop in self._stops)
