@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 from popmm.cli.arguments import config_from
 from popmm.evaluation.progress import for_people
@@ -48,6 +49,9 @@ def run(args: argparse.Namespace) -> None:
         )
     read, dense = server.state.bytes_per_token()
     many = f"up to {limits.running} sequences at once" if server.engine.batches else "one request after the other"
+
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        warnings.warn(f"{args.host}: whoever can reach it may use it, there is no key", stacklevel=2)
 
     def started() -> None:
         for_people().print(

@@ -1,5 +1,6 @@
 """Servers for the tests, in threads of this process, and what their clients ask."""
 
+import functools
 import threading
 import time
 import urllib.request
@@ -53,8 +54,12 @@ def until(holds, seconds=20):
 
 def client(server, **settings):
     """OpenAI's own."""
-    settings = {"max_retries": 0, **settings}
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", **settings)
+    return _client(server.port).with_options(**settings) if settings else _client(server.port)
+
+
+@functools.cache  # it takes longer to make than to ask
+def _client(port):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
 
 def complete(server, prompt, new=16, **settings):

@@ -2,15 +2,23 @@
 
 import asyncio
 import gc
+import re
+import signal
+import subprocess
+import sys
 import threading
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from served import LENGTHS, PROMPTS, alone, client, complete, figures, serving, stories, text_of, until
+from served import CACHE, LENGTHS, PROMPTS, alone, client, complete, figures, serving, stories, text_of, until
 
 import popmm
 from popmm import zoo
+from popmm.compat.serving import app
+from popmm.compat.serving.batched import PAGE
 from popmm.serving.limits import Limits
 
 LONG = 450  # tokens, of the 512 that the model reads
@@ -111,8 +119,15 @@ def test_who_goes_away_frees_a_place(server):
     assert not server.engine._cb.output_router.result_handlers
     complete(server, PROMPTS[0], 1)
     assert server.engine._cb.output_router.output_queue.empty()
-    cache = server.engine._cb.batch_processor.cache
-    assert cache.compute_free_capacity() == 1
+
+
+def test_who_goes_away_leaves_the_cache_to_others(server):
+    whole = complete(server, PROMPTS[0], LONG)
+    for i in range(CACHE // PAGE + 2):  # the last would find no room beside what the others had held
+        chunks = complete(server, PROMPTS[i], LONG, stream=True)
+        next(iter(chunks))
+        chunks.close()
+    assert complete(server, PROMPTS[0], LONG).choices[0].text == whole.choices[0].text
 
 
 def test_figures_move_with_the_tokens(server):
@@ -165,6 +180,22 @@ def test_the_server_lives_on_after_all_that(server, expected):
     assert complete(server, PROMPTS[9], LENGTHS[9]).choices[0].text == expected[9]
 
 
+def test_a_server_that_cannot_go_on_says_so():
+    with serving(popmm.PopConfig(**EXACT), Limits(cache_tokens=512, grace=5)) as server:
+        server.engine._cb.background_thread_status.record_fatal_error(RuntimeError("no memory"))
+        with pytest.raises(openai.InternalServerError, match="no memory") as error:
+            complete(server, PROMPTS[0])
+        assert error.value.status_code == 503
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health")
+
+
+def test_a_server_put_together_otherwise_is_refused(monkeypatch):
+    monkeypatch.setitem(app._PARTS, lambda body: None, {"body", "request_id"})
+    with pytest.raises(RuntimeError, match="takes no request_id; use transformers 5.17"):
+        app.check_parts()
+
+
 def test_by_itself_tokens_read_tiers_chosen_without_a_prompt():
     with serving(popmm.PopConfig()) as server:
         assert server.engine.batches
@@ -180,7 +211,7 @@ def test_by_itself_tokens_read_tiers_chosen_without_a_prompt():
 def test_a_full_queue_a_large_request_and_a_slow_one():
     limits = Limits(running=1, waiting=1, megabytes=0.1, cache_tokens=1024, grace=5)
     with serving(popmm.PopConfig(**EXACT), limits) as server:
-        first, second = (complete(server, PROMPTS[0], LONG, stream=True) for _ in range(2))
+        first, second = (complete(server, PROMPTS[0], 150, stream=True) for _ in range(2))
         next(iter(first))
         with pytest.raises(openai.RateLimitError, match="2 requests are being answered or wait"):
             complete(server, PROMPTS[0])
@@ -191,6 +222,18 @@ def test_a_full_queue_a_large_request_and_a_slow_one():
             complete(server, "a" * 2_000_000)
         assert error.value.status_code == 413
         assert complete(server, PROMPTS[0], 3).choices[0].text
+
+
+def test_a_cache_that_does_not_hold_all_that_is_asked_at_once():
+    requests = [(f"{prompt} and a dog" * 12, 80, {}) for prompt in PROMPTS[12:15]]
+    with serving(popmm.PopConfig(**EXACT), Limits(cache_tokens=2 * PAGE, grace=5)) as server:
+        answers = [complete(server, prompt, new) for prompt, new, _ in requests]
+        assert all(PAGE - 80 < answer.usage.prompt_tokens < PAGE < answer.usage.total_tokens for answer in answers)
+        assert asked(server, requests) == [answer.choices[0].text for answer in answers]
+        room = 2 * PAGE - complete(server, requests[0][0] * 2, 1).usage.prompt_tokens
+        assert complete(server, requests[0][0] * 2, room).choices[0].text
+        with pytest.raises(openai.BadRequestError, match=f"max_tokens={room} or less"):
+            complete(server, requests[0][0] * 2, room + 1)
 
 
 def test_what_takes_too_long_ends():
@@ -204,19 +247,19 @@ def test_what_takes_too_long_ends():
         until(lambda: server.engine.running == 0)
 
 
-def test_when_stopped_what_runs_is_finished_and_nothing_else_begins(expected):
+def test_when_stopped_what_runs_is_finished_and_nothing_else_begins():
     with serving(popmm.PopConfig(**EXACT)) as server:
         whom = client(server)
-        chunks = complete(server, PROMPTS[0], 200, stream=True)
+        chunks = complete(server, PROMPTS[0], 100, stream=True)
         begun = next(iter(chunks)).choices[0].text
         server.stop()
         until(lambda: server.gate.closing)
         with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
             whom.completions.create(model="tales", prompt="One day", max_tokens=3)
         rest = list(chunks)
-        assert rest[-1].usage.completion_tokens == 200
+        assert rest[-1].usage.completion_tokens == 100
         model, tokenizer = stories()
-        assert begun + text_of(rest) == alone(model, tokenizer, PROMPTS[0], 200)
+        assert begun + text_of(rest) == alone(model, tokenizer, PROMPTS[0], 100)
 
 
 def test_when_stopped_what_takes_too_long_is_told():
@@ -245,11 +288,29 @@ def test_when_stopped_what_takes_too_long_is_told():
 
 
 @pytest.mark.slow
+def test_the_command_ends_on_ctrl_c():
+    """After what runs, with the exit code of a program that was told to stop."""
+    command = [sys.executable, "-m", "popmm.cli", "serve", "zoo:stories", "--port", "0", "--cache-tokens", "1024"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        says = iter(process.stderr.readline, "")
+        address = next(found[0] for line in says if (found := re.findall(r"http://\S+/v1", line)))
+        with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as whom:
+            how = dict(model="zoo:stories", prompt=PROMPTS[0], max_tokens=200, temperature=0)
+            chunks = iter(whom.completions.create(stream=True, **how))
+            next(chunks)
+            process.send_signal(signal.SIGINT)
+            assert list(chunks)[-1].usage.completion_tokens > 100
+        assert process.wait(timeout=60) in (0, 130)
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
 def test_a_thousand_requests_take_no_more_memory():
     """Half of them are streams, and one in ten goes away."""
     psutil = pytest.importorskip("psutil")
     process, held = psutil.Process(), []
-    with serving(popmm.PopConfig(), load=lambda: zoo.load("stories")) as server, client(server) as whom:
+    with serving(popmm.PopConfig(), load=lambda: zoo.load("stories")) as server:
+        whom = client(server)
 
         def ask(i):
             how = dict(model="tales", prompt=PROMPTS[i % 32], max_tokens=LENGTHS[i % 32], stream=i % 2 == 0)

@@ -19,7 +19,7 @@ from transformers.cli.serving import server as _server
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerationState, Modality
+from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState, Modality
 
 from popmm.compat.generation import other_way
 from popmm.compat.serving.batched import Batched
@@ -221,6 +221,10 @@ def build_app(models: Models, engine: Batched | Plain):
     @app.exception_handler(HTTPException)
     async def refused(_request, error: HTTPException):
         return JSONResponse(error_body(error.status_code, error.detail), error.status_code, headers=error.headers)
+
+    @app.exception_handler(CBWorkerDeadError)
+    async def dead(_request, error: CBWorkerDeadError):
+        return JSONResponse(error_body(503, error), 503)
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(_request, error: RequestValidationError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,6 +17,8 @@ from popmm.compat.serving.engine import STREAMING, Engine, Failed, in_json
 from popmm.compat.serving.sampling import SAMPLED, sample_by_request, sampling
 
 PAGE = 256  # tokens
+_NAMES = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+_PAGE_NAME = "page_size" if "page_size" in _NAMES else "block_size"  # up to transformers 5.17
 CPU_PASS = 512  # tokens in one pass: a long prompt holds up the others that long
 PROBE_SECONDS = 600
 
@@ -62,7 +65,7 @@ class Batched(Engine, CBGenerateManager):
         on_cpu = model.device.type == "cpu"
         super().__init__(
             ContinuousBatchingConfig(
-                page_size=PAGE,
+                **{_PAGE_NAME: PAGE},
                 num_blocks=blocks,
                 max_batch_tokens=CPU_PASS if on_cpu else None,
                 max_requests_per_batch=most_running,
