@@ -12,6 +12,7 @@ from popmm.compat.serving import error_body
 from popmm.serving.limits import Limits
 
 ANSWERING = ("/v1/chat/completions", "/v1/completions")
+GOODBYE = 5  # seconds that a client is given to read why its answer ends
 STOPPING = "the server is shutting down"
 TOO_SLOW = "this request has not come in whole in the time that it may take"
 
@@ -106,7 +107,7 @@ class Gate:
                 raise _Gone
             size += len(message.get("body", b""))
             too_large = too_large or size > most
-            parts = [] if too_large else [*parts, message.get("body", b"")]
+            parts.append(b"" if too_large else message.get("body", b""))
             more = message.get("more_body", False)
         return None if too_large else b"".join(parts)
 
@@ -115,8 +116,8 @@ class Gate:
 
     async def _refuse(self, answer: _Answer, status: int, message: str) -> None:
         self._count(status)
-        with contextlib.suppress(OSError):  # gone meanwhile
-            await answer.end(status, message)
+        with contextlib.suppress(OSError, asyncio.TimeoutError):  # gone meanwhile, or it does not read
+            await asyncio.wait_for(answer.end(status, message), GOODBYE)
 
 
 class _Gone(Exception):

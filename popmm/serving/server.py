@@ -67,7 +67,14 @@ class Server:
         self.model, self._processor = self.models._loaded
         self.limits, self._shares = limits, share_prefixes
         self.engine, self.state = self._engine(config, together)
-        app = build_app(self.models, self.engine)
+        try:
+            self._put_together(host, port)
+        except BaseException:
+            self.close()
+            raise
+
+    def _put_together(self, host: str, port: int) -> None:
+        limits, app = self.limits, build_app(self.models, self.engine)
         app.add_api_route("/metrics", self._metrics, methods=["GET"], include_in_schema=False)
         running = limits.running if self.engine.batches else 1
         self.gate = Gate(app, limits, running + limits.waiting, self.metrics.took)
@@ -149,9 +156,10 @@ class Server:
         self._uvicorn.should_exit = True
 
     def close(self) -> None:
-        """Ends the engine and gives the model back."""
+        """Ends the engine and takes popmm off the model, unless its weights would have to be loaded for that."""
         self.engine.stop()
-        detach(self.model, wait=True)
+        if self.state.config.weights == "keep":
+            detach(self.model, wait=True)
         self.models.shutdown()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -109,7 +111,8 @@ class Plain(Engine, GenerateManager):
         """Ends what still runs at its next token."""
         for streamer in list(self._streamers):
             streamer.cancel()
-        self.submit(lambda: None).result(timeout=timeout)
+        with contextlib.suppress(concurrent.futures.TimeoutError):  # in a long prompt: whoever detaches waits for it
+            self.submit(lambda: None).result(timeout=timeout)
 
 
 class Counting(DirectStreamer):
