@@ -179,6 +179,19 @@ def test_the_server_lives_on_after_all_that(server, expected):
     assert complete(server, PROMPTS[9], LENGTHS[9]).choices[0].text == expected[9]
 
 
+def test_what_the_models_own_configuration_asks_for_is_said_to_be_left_out():
+    def load():
+        model, tokenizer = stories()
+        model.generation_config.repetition_penalty = 1.1
+        return model, tokenizer
+
+    with pytest.warns(UserWarning, match="leaves out RepetitionPenaltyLogitsProcessor of the model's own"):
+        with serving(popmm.PopConfig(**EXACT), Limits(cache_tokens=512, grace=5), load=load) as server:
+            assert complete(server, PROMPTS[0], 2).choices[0].text
+            with pytest.raises(openai.BadRequestError, match="repetition_penalty: not served together"):
+                complete(server, PROMPTS[0], 2, frequency_penalty=0.5)
+
+
 def test_a_server_that_cannot_go_on_says_so():
     with serving(popmm.PopConfig(**EXACT), Limits(cache_tokens=512, grace=5)) as server:
         server.engine._cb.background_thread_status.record_fatal_error(RuntimeError("no memory"))

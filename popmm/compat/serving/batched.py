@@ -107,7 +107,14 @@ class Batched(Engine, CBGenerateManager):
         return {type(p).__name__ for p in self.model._get_logits_processor(config, 1)} - SAMPLED
 
     def check(self, config: GenerationConfig) -> None:
-        found = sorted(self._unserved(config) - self._own)
+        """Refuses what only some sequences of a pass would ask for."""
+        own, found = self.model.generation_config, sorted(self._unserved(config) - self._own)
+        for name in (
+            "repetition_penalty",
+            "sequence_bias",
+        ):  # asked for by the request, and in another way by the model
+            if self._own and getattr(config, name) != getattr(own, name):
+                found.append(name)
         if found:
             raise HTTPException(
                 400,
