@@ -112,7 +112,7 @@ class Batched(Engine, CBGenerateManager):
         for name in (
             "repetition_penalty",
             "sequence_bias",
-        ):  # asked for by the request, and in another way by the model
+        ):  # otherwise than the model does
             if self._own and getattr(config, name) != getattr(own, name):
                 found.append(name)
         if found:
