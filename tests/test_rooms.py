@@ -13,7 +13,7 @@ from popmm.layouts.base import LayoutContract
 HOME = Path(popmm.__file__).parent
 ADAPTERS = Path(popmm.adapters.__file__).parent
 # from the top: a room may import from those below it, and from itself
-ORDER = ["cli", "evaluation", "surface", "runtime", "layouts", "adapters", "method", "kernels", "base"]
+ORDER = ["cli", "evaluation serving", "surface", "runtime", "layouts", "adapters", "method", "kernels", "base"]
 SURFACE = ("popmm", "popmm.attach", "popmm.state", "popmm.report", "popmm.budget", "popmm.conversation")
 BASE = (
     "popmm.config",
@@ -22,6 +22,12 @@ BASE = (
     "popmm.compat.caches",
     "popmm.compat.generation",
     "popmm.compat.models",
+    "popmm.compat.serving",
+    "popmm.compat.serving.app",
+    "popmm.compat.serving.batched",
+    "popmm.compat.serving.engine",
+    "popmm.compat.serving.plain",
+    "popmm.compat.serving.sampling",
     "popmm.act",
 )  # what every room may know; zoo knows no room and serves the upper ones
 

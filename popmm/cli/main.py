@@ -1,4 +1,4 @@
-"""Command line: popmm generate | chat | inspect | eval | bench | demo."""
+"""Command line: popmm generate | chat | serve | inspect | eval | bench | demo."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generation(chat, prompt=False)
     chat.add_argument("--image", action="append", default=[], help="picture for the first question; may be repeated")
     chat.set_defaults(run=_later("popmm.cli.commands:chat"))
+
+    serve = subcommands.add_parser("serve", help="OpenAI-compatible server of chat and completions, pruned")
+    serve.add_argument("model", help="folder, .gguf file, hub id, or zoo:NAME")
+    _add_dtype(serve)
+    _add_device(serve)
+    _add_config(serve, shares=True)
+    serve.set_defaults(statistics=None)  # weights, where many sequences are decoded at once
+    _add_serving(serve)
+    serve.set_defaults(run=_later("popmm.cli.serve_command:run"))
 
     inspect = subcommands.add_parser("inspect", help="show a prompt's partition as a table and a picture")
     _add_model(inspect)
@@ -104,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--shape", help="random weights at the sizes of a known model; a wrong name lists them")
     bench.add_argument("--model", help="folder, .gguf file, hub id, or zoo:NAME, in place of --shape")
     _add_dtype(bench)
-    bench.add_argument("--device", help="cuda where there is one, else cpu")
+    _add_device(bench)
     bench.add_argument("--layers", type=int, help="fewer layers than the shape has")
     bench.add_argument("--tiny", action="store_true", help="a sixteenth of every width, two layers: a dry run")
     bench.add_argument("--batch", default="1", help="sequences at once, several comma-separated (%(default)s)")
@@ -142,6 +151,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser, default: str = "zoo:stories") -> None:
     parser.add_argument("--model", default=default, help="folder, .gguf file, hub id, or zoo:NAME (%(default)s)")
     _add_dtype(parser)
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda where there is one, else cpu")
 
 
@@ -201,6 +214,25 @@ def _add_generation(parser: argparse.ArgumentParser, prompt: bool = True) -> Non
     parser.add_argument("--max-new-tokens", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    """Where a server listens, and its limits."""
+    parser.add_argument("--host", default="127.0.0.1", help="who can reach it: 0.0.0.0 for everybody (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any (%(default)s)")
+    parser.add_argument(
+        "--continuous-batching",
+        action=argparse.BooleanOptionalAction,
+        help="many sequences in each pass; default: where model and settings allow it",
+    )
+    parser.add_argument("--max-running", type=int, default=32, help="sequences decoded at once (%(default)s)")
+    parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait; then 429 (%(default)s)")
+    parser.add_argument("--max-megabytes", type=float, default=32, help="of a request; else 413 (%(default)s)")
+    parser.add_argument("--max-seconds", type=float, default=600, help="of a request; then 504 (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=1024, help="where a request does not say (%(default)s)")
+    parser.add_argument("--cache-tokens", type=int, help="of all sequences together (16384; on a GPU by its memory)")
+    parser.add_argument("--share-prefixes", action="store_true", help="read once what prompts have in common")
+    parser.add_argument("--grace", type=float, default=30, help="seconds to end in when stopped (%(default)s)")
 
 
 def main(argv: list[str] | None = None) -> int:
