@@ -176,10 +176,7 @@ class PopConfig:
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
         if self.rest_bits not in (PLAIN_BITS, *PLANE_BITS) or isinstance(self.rest_bits, bool):
             raise ValueError(f"rest_bits={self.rest_bits!r}: give 16 (as they are), 8, 7, 6, 5, 4 or 3")
-        for name, what in (
-            ("refresh_every", "decode steps, or 0 for never"),
-            ("waiting_calls", "calls, or 0 for none"),
-        ):
+        for name, what in (("refresh_every", "decode steps, or 0 for never"), ("waiting_calls", "calls, or 0")):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}={value!r}: give a number of {what}")
@@ -248,6 +245,9 @@ class PopConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not go with selection='tiers': leave it out")
         if self.weight_bits not in (None, *PLANE_BITS) or isinstance(self.weight_bits, bool):
             raise ValueError(f"weight_bits={self.weight_bits!r}: give 8, 7, 6, 5, 4 or 3, or None for tiers")
+        if self.weight_bits is not None and self.bytes is not None and self.bytes < 1:
+            both = f"weight_bits={self.weight_bits} reads all channels alike, bytes={self.bytes} chooses among them"
+            raise ValueError(f"{both}: give one of them")
 
     @property
     def is_default(self) -> bool:
@@ -281,6 +281,10 @@ class PopConfig:
             for name in shares:
                 kept = None if given or name == "ffn_ratio" else getattr(self, name)
                 changes.setdefault(name, kept)
+            if changes.get("bytes") is not None:
+                changes.setdefault("weight_bits", None)
+        if changes.get("weight_bits") is not None and not given and self.bytes is not None:
+            changes.update(bytes=None, ffn_ratio=self.ffn_ratio)  # whose bits read all channels, at any ratio
         selection = changes.get("selection", self.selection)
         if selection != self.selection:  # each has its own default
             if self.candidate_fraction in (None, DEFAULT_CANDIDATE_FRACTION):

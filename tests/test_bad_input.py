@@ -368,3 +368,11 @@ def test_simulated_decode_needs_a_prompt(llama):
     with popmm.pruned(llama) as state, pytest.raises(RuntimeError, match="run a prompt through the model first"):
         with state.simulated_decode():
             pass
+
+
+def test_bytes_beside_bits_for_all_are_refused():
+    with pytest.raises(ValueError, match=r"weight_bits=8 reads all channels alike, bytes=0.25.*give one of them"):
+        popmm.PopConfig(bytes=0.25, weight_bits=8)
+    config = popmm.PopConfig(bytes=0.25)
+    assert (config.replace(weight_bits=6).bytes, config.replace(weight_bits=6).weight_bits) == (None, 6)
+    assert popmm.PopConfig(weight_bits=8).replace(bytes=0.3).weight_bits is None
