@@ -68,7 +68,7 @@ class DenseAdapter:
         reading, combine, factor = candidates[0]
         down = getattr(module, reading.down)
         reason = by_channels([layer for layer in layers.values() if layer is not down], down)
-        if reason or (is_sharded(down.weight) and reading.up is None and reading.gated):
+        if reason or (is_sharded(getattr(down, "weight", None)) and reading.up is None and reading.gated):
             fused = f"{reading.gate} holds gate and up, of which no process has the same channels"
             raise UnsupportedModelError(f"{type(module).__name__} is spread over processes, and {reason or fused}")
         site = _site(module, reading, combine, packed)
