@@ -42,7 +42,7 @@ class FFNSite:
 
     module: nn.Module  # called as module(x) for an FFN, module(x, top_k_index, top_k_weights) for experts
     weights: Callable[[], FFNWeights]
-    combine: Callable[[Tensor, Tensor], Tensor]  # (gate [..., n], up [..., n]) -> h [..., n]
+    combine: Callable[[Tensor, Tensor | None], Tensor]  # (gate [..., n], up [..., n] or None) -> h [..., n]
     down: nn.Module | None = None  # the FFN's down projection: its input is h
     up: nn.Module | None = None  # the FFN's up projection, if it is a layer by itself
     split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # experts: joint output [n, 2 d_ff] to (gate, up)
@@ -51,6 +51,9 @@ class FFNSite:
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
     values: Callable[[], FFNWeights] | None = None  # of quantised layers, dequantised; ``weights`` has shapes alone
     packed: PackedWeights | None = None  # the quantised layers
+    entry: nn.Module | None = None  # the first projection, where no module is called: it is given x, down gives y
+    likely: list[Callable] = field(default_factory=list)  # with ``entry``: combinations that are to be verified
+    places: dict[str, nn.Module] = field(default_factory=dict)  # with ``entry``: its layers, by their full names
     reduce: Callable[[Tensor], Tensor] | None = None  # sums the outputs of processes that hold some channels each
     processes: int = 1  # that hold its channels; ``weights`` are this one's
     name: str = ""
@@ -71,7 +74,8 @@ class FFNSite:
 
     def active_weights(self) -> int:
         """Weights (elements) that one token activates."""
-        return 3 * self.weights().d_model * self.active_channels()
+        weights = self.weights()
+        return len(weights.matrices) * weights.d_model * self.active_channels()
 
     def active_bytes(self) -> int:
         """Weight bytes that one token reads."""

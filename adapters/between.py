@@ -28,19 +28,20 @@ ARRANGEMENTS: tuple[tuple[Callable, Callable], ...] = (
 
 
 class Reading(NamedTuple):
-    """One reading of a module's linear layers; ``up`` is None if the gate's layer holds both."""
+    """One reading of a module's linear layers; ``up`` is None if the gate's layer holds both, or there is no gate."""
 
     gate: str
     up: str | None
     down: str
     arrangement: int = 0
+    gated: bool = True  # else ``gate`` is the first projection of an FFN without one
 
 
 class Combination(NamedTuple):
     """How a module's forward joins gate and up."""
 
     reading: Reading
-    combine: Callable[[Tensor, Tensor], Tensor]  # (gate [..., n], up [..., n]) -> h times the factor
+    combine: Callable[[Tensor, Tensor | None], Tensor]  # (gate [..., n], up [..., n] or None) -> h times the factor
     factor: Callable[[], Tensor | float] | None = None  # of the module's output, where it has one
 
 
@@ -81,7 +82,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def run_between(
-    module: nn.Module, reading: Reading, gate: Tensor, up: Tensor, scalars: dict[str, Tensor] | None = None
+    module: nn.Module, reading: Reading, gate: Tensor, up: Tensor | None, scalars: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """``module``'s forward for given projections ``[..., n]``: what reaches down, and what the module makes of it.
 
@@ -89,7 +90,9 @@ def run_between(
     """
     down = _Projection(getattr(module, reading.down), None)
     layers: dict[str, Any] = {**(scalars or {}), reading.down: down}
-    if reading.up is None:
+    if up is None:
+        layers[reading.gate] = _Projection(getattr(module, reading.gate), gate)
+    elif reading.up is None:
         both = ARRANGEMENTS[reading.arrangement][1](gate, up)
         layers[reading.gate] = _Projection(getattr(module, reading.gate), both)
     else:
@@ -100,13 +103,13 @@ def run_between(
     return down.seen, y
 
 
-def own_combine(module: nn.Module, reading: Reading, gate: Tensor, up: Tensor) -> Tensor:
+def own_combine(module: nn.Module, reading: Reading, gate: Tensor, up: Tensor | None) -> Tensor:
     """The module's own combination of gate and up ``[..., n]``, its output's factor included."""
     return run_between(module, reading, gate, up)[1]
 
 
-def activate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    return activation(gate) * up
+def activate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor | None) -> Tensor:
+    return activation(gate) if up is None else activation(gate) * up
 
 
 @torch.no_grad()
@@ -115,13 +118,14 @@ def find_combination(
 ) -> Combination | None:
     """The combination that a module's forward computes, ``[..., n]`` each; None if that cannot be told.
 
-    It is ``activation(gate) * up`` with one of ``activations`` where that is right, and else the module's own
-    forward between the projections.
+    It is ``activation(gate) * up`` with one of ``activations`` where that is right (``activation(gate)`` without a
+    gate), and else the module's own forward between the projections.
 
     Raises:
         UnsupportedModelError: the forward does something between or after the projections that forbids pruning.
     """
-    gate, up, tolerance = _samples(getattr(module, readings[0].down))
+    gate, up, tolerance = samples(getattr(module, readings[0].down))
+    up = up if readings[0].gated else None
     own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     scalars = {
         name: torch.full(p.shape, 2.0, dtype=gate.dtype, device=gate.device)
@@ -136,23 +140,23 @@ def find_combination(
             continue
         h, y = ran
         for activation in activations:
-            acted = _try(lambda g, u, act=activation: (act(g), u), gate, up)
-            if acted is not None and close(y, acted[0] * up, tolerance):
+            acted = _try(lambda g, u, act=activation: (activate(act, g, u),) * 2, gate, up)
+            if acted is not None and close(y, acted[0], tolerance):
                 return Combination(reading, partial(activate, activation))
         few = torch.arange(gate.shape[-1] - 1, -1, -3, dtype=torch.int64, device=gate.device)
-        some = _try(run, gate[..., few], up[..., few])
+        some = _try(run, gate[..., few], None if up is None else up[..., few])
         size = float((y * h).sum() / (h * h).sum())
         if some is None or not close(some[0], h[..., few], tolerance):
             refused = refused or (_OF_OTHERS if _depends_on_others(run, gate, up, h, few, tolerance) else _OF_PLACE)
         elif not close(y, size * h, tolerance):
-            refused = "changes its output after the down projection: popmm prunes down(act(gate(x)) * up(x))"
+            refused = f"changes its output after the down projection: popmm prunes {form_of(reading)}"
         elif general is None or not general[0]:
             factor = None
             if not close(y, h, tolerance):
                 scaling = [name for name in scalars if _scales(module, reading, gate, up, scalars, name, h, tolerance)]
                 factor = partial(getattr, module, scaling[0]) if scaling else partial(float, size)
             found = Combination(reading, partial(own_combine, module, reading), factor)
-            general = _is_linear_in_up(run, gate, up, tolerance), found
+            general = up is None or _is_linear_in_up(run, gate, up, tolerance), found
     if general is not None:
         return general[1]
     if refused is not None:
@@ -166,11 +170,18 @@ _OF_OTHERS = (
 )
 _OF_PLACE = (
     "treats its channels differently between its projections (parameters of its own for each of them): popmm prunes "
-    "down(act(gate(x)) * up(x))"
+    "FFNs whose channels are all computed alike"
 )
 
 
-def _depends_on_others(run: Callable, gate: Tensor, up: Tensor, h: Tensor, few: Tensor, tolerance: float) -> bool:
+def form_of(reading: Reading) -> str:
+    """What an FFN of this reading computes."""
+    return "down(act(gate(x)) * up(x))" if reading.gated else "down(act(up(x)))"
+
+
+def _depends_on_others(
+    run: Callable, gate: Tensor, up: Tensor | None, h: Tensor, few: Tensor, tolerance: float
+) -> bool:
     """Whether other channels' h change with those of ``few``."""
     changed = gate.clone()
     changed[..., few] += 1
@@ -180,7 +191,7 @@ def _depends_on_others(run: Callable, gate: Tensor, up: Tensor, h: Tensor, few: 
     return ran is None or not close(ran[0][..., rest], h[..., rest], tolerance)
 
 
-def _samples(down: nn.Module) -> tuple[Tensor, Tensor, float]:
+def samples(down: nn.Module) -> tuple[Tensor, Tensor, float]:
     """Gate and up ``[1, len(SCALES), d_ff]`` where the weights lie, and the tolerance of their dtype."""
     weight = next(down.parameters(), None)
     lies = weight is not None and not weight.is_meta
@@ -193,7 +204,7 @@ def _samples(down: nn.Module) -> tuple[Tensor, Tensor, float]:
     return gate, up, max(TOLERANCE.get(dtype, 1e-4), TOLERANCE[gate.dtype])
 
 
-def _try(run: Callable, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:
+def _try(run: Callable, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """What ``run`` gives, if it runs and gives tensors."""
     try:
         h, y = run(gate, up)

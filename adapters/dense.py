@@ -1,8 +1,9 @@
-"""Dense gated FFNs, recognised by their linear layers and verified by a probe.
+"""Dense FFNs, gated or not, recognised by their linear layers and verified by a probe.
 
-Separate gate and up projections (Llama, Qwen, Mistral, Gemma, OLMo, ...) and one fused projection
-(Phi-3, GLM-4, ...) are told apart by shapes. Which projection is the gate, how a fused one is arranged and
-how the two are combined is decided by running the module's own forward between its projections.
+Separate gate and up projections (Llama, Qwen, Mistral, Gemma, OLMo, ...), one fused projection (Phi-3, GLM-4, ...) and
+FFNs without a gate (GPT-2, Falcon, Phi-2, Nemotron, ...) are told apart by shapes. Which projection is the gate, how a
+fused one is arranged and how the two are combined is decided by running the module's own forward between its
+projections.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from popmm.compat import NOT_PARTS
 from popmm.method.ffn import FFNWeights, ffn
 
 from .base import FFNSite, UnsupportedModelError, register
-from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination
+from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination, form_of
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
 from .quantised import CLOSE, Packed, is_quantised
 from .sharded import bias_of_sum, by_channels, is_sharded, local, processes, sum_over_processes, why_not_local
-from .weights import check_finite, is_machine_failure, why_not_plain
+from .weights import check_finite, is_machine_failure, weight_of, why_not_plain
 
 __all__ = ["TOLERANCE", "DenseAdapter"]
 
@@ -40,45 +41,70 @@ class DenseAdapter:
             return None
         readings = _readings(layers)
         if not readings:
-            pair = ungated(layers) if len(layers) <= 3 else None
+            pair = ungated(layers) if len(layers) == 3 else None
             if pair is not None:
-                raise UnsupportedModelError(f"{type(module).__name__} {without_gate(pair, layers)}")
+                raise UnsupportedModelError(f"{type(module).__name__} {beside_a_pair(pair, layers)}")
             return None
-        activations = _activations(module)
+        activations = activations_of(module)
         inputs, outputs = linear_shape(layers[readings[0].gate])
         square = len(layers) == 3 and inputs == outputs
         if not activations and (square or not takes_hidden_states_alone(module)):
             return None
-        quantised = {name: layer for name, layer in layers.items() if is_quantised(layer)}
-        for name, layer in layers.items():
-            own = why_not_local if is_sharded(getattr(layer, "weight", None)) else why_not_plain
-            reason = "" if name in quantised else own(layer, name)
-            if reason:
-                raise UnsupportedModelError(f"{type(module).__name__} is a gated FFN that cannot be read: {reason}")
-        beside = [name for name, child in module.named_children() if name not in layers and _has_parameters(child)]
-        found = find_combination(module, readings, [*activations, *_INLINE])
+        if not (readings[0].gated or takes_hidden_states_alone(module)):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is an FFN that is called with more than x: {_OTHER_FORM}"
+            )
+        packed = _packed(layers, type(module).__name__)
+        beside = [name for name, child in module.named_children() if name not in layers and not _is_scalar(child)]
+        found = find_combination(module, readings, [*activations, *INLINE])
         if found is None and beside:
             raise UnsupportedModelError(
-                f"{type(module).__name__} has the layers of a gated FFN and others beside them ({', '.join(beside)}): "
+                f"{type(module).__name__} has the layers of an FFN and others beside them ({', '.join(beside)}): "
                 f"{_OTHER_FORM}"
             )
-        candidates = [found] if found else _guesses(readings, activations or list(_INLINE))
-        packed = Packed(quantised) if quantised else None
+        candidates = [found] if found else _guesses(readings, activations or list(INLINE))
         if probe:
             candidates = [_probe(module, layers, candidates, packed)]
         reading, combine, factor = candidates[0]
-        down, up = getattr(module, reading.down), None if reading.up is None else getattr(module, reading.up)
+        down = getattr(module, reading.down)
         reason = by_channels([layer for layer in layers.values() if layer is not down], down)
-        if reason or (is_sharded(down.weight) and reading.up is None):
+        if reason or (is_sharded(getattr(down, "weight", None)) and reading.up is None and reading.gated):
             fused = f"{reading.gate} holds gate and up, of which no process has the same channels"
             raise UnsupportedModelError(f"{type(module).__name__} is spread over processes, and {reason or fused}")
-        views = partial(_views, module, reading)
-        site = FFNSite(module=module, weights=views, combine=combine, down=down, up=up, factor=factor)
+        site = _site(module, reading, combine, packed)
+        site.factor = factor
         site.reduce, site.processes = sum_over_processes(down), processes(down)
-        if packed is not None:
-            site.weights, site.values = partial(views, packed.stand_in), partial(views, packed.weight)
-            site.packed = packed
         return site
+
+
+def described(module: nn.Module, reading: Reading, combine: Callable, kind: str, layers: dict) -> FFNSite:
+    """The site of a reading of a module's layers.
+
+    Raises:
+        UnsupportedModelError: one of ``layers`` cannot be read, in an FFN of this kind.
+    """
+    return _site(module, reading, combine, _packed(layers, kind))
+
+
+def _packed(layers: dict[str, nn.Module], kind: str) -> Packed | None:
+    """The quantised ones of an FFN's layers; others must be plain."""
+    quantised = {name: layer for name, layer in layers.items() if is_quantised(layer)}
+    for name, layer in layers.items():
+        own = why_not_local if is_sharded(getattr(layer, "weight", None)) else why_not_plain
+        reason = "" if name in quantised else own(layer, name)
+        if reason:
+            raise UnsupportedModelError(f"{kind} is an FFN that cannot be read: {reason}")
+    return Packed(quantised) if quantised else None
+
+
+def _site(module: nn.Module, reading: Reading, combine: Callable, packed: Packed | None) -> FFNSite:
+    down, up = getattr(module, reading.down), None if reading.up is None else getattr(module, reading.up)
+    views = partial(_views, module, reading)
+    site = FFNSite(module=module, weights=views, combine=combine, down=down, up=up)
+    if packed is not None:
+        site.weights, site.values = partial(views, packed.stand_in), partial(views, packed.weight)
+        site.packed = packed
+    return site
 
 
 def _readings(layers: dict[str, nn.Module]) -> list[Reading]:
@@ -90,35 +116,36 @@ def _readings(layers: dict[str, nn.Module]) -> list[Reading]:
         else:
             fused, down = names
             found += [Reading(fused, None, down, arrangement) for arrangement in range(len(ARRANGEMENTS))]
-    return found
+    pair = ungated(layers) if len(layers) == 2 and not found else None
+    return found if pair is None else [Reading(pair[0], None, pair[1], gated=False)]
 
 
-def without_gate(pair: tuple[str, str], layers: Iterable[str] = ()) -> str:
-    """What is said of an FFN with these two projections, of the linear layers that it has."""
+def beside_a_pair(pair: tuple[str, str], layers: Iterable[str]) -> str:
+    """What is said of a module in which other linear layers stand beside those of an FFN without a gate."""
     others = [name for name in layers if name not in pair]
-    only = f"widen and narrow, {', '.join(others)} gates no channel" if others else "only"
     return (
-        f"is an FFN without a gate ({' and '.join(pair)} {only}): popmm prunes gated FFNs (gate, up and down "
-        "projections)"
+        f"is an FFN of another form ({' and '.join(pair)} widen and narrow, {', '.join(others)} gates no channel): "
+        f"{_OTHER_FORM}"
     )
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _is_scalar(module: nn.Module) -> bool:
+    """Whether a module holds no parameters but single numbers, as some activations do."""
+    return all(p.numel() == 1 for p in module.parameters())
 
 
-def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+def activations_of(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     """Activations that the module holds, as children or as plain functions."""
     children = [
         child
         for child in module.children()
-        if not linear_shape(child) and not isinstance(child, (nn.Dropout, nn.ModuleList)) and not _has_parameters(child)
+        if not linear_shape(child) and not isinstance(child, (nn.Dropout, nn.ModuleList)) and _is_scalar(child)
     ]
     return children + [value for key, value in vars(module).items() if callable(value) and key not in NOT_PARTS]
 
 
 # tried where a module holds no activation and so must call one in its forward
-_INLINE = (F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu)
+INLINE = (F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu)
 
 
 def _guesses(readings: list[Reading], activations: list[Callable]) -> list[Combination]:
@@ -126,7 +153,7 @@ def _guesses(readings: list[Reading], activations: list[Callable]) -> list[Combi
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    return local(layer.weight)
+    return local(weight_of(layer))
 
 
 def _bias(layer: nn.Module) -> Tensor | None:
@@ -142,6 +169,8 @@ def _views(module: nn.Module, reading: Reading, weight: Callable[[nn.Module], Te
     if reading.up is not None:
         up = getattr(module, reading.up)
         return FFNWeights(weight(gate), weight(up), weight(down), _bias(gate), _bias(up), _bias_of_down(down))
+    if not reading.gated:
+        return FFNWeights(weight(gate), None, weight(down), _bias(gate), None, _bias_of_down(down))
     apart = ARRANGEMENTS[reading.arrangement][0]
     biases = (None, None) if _bias(gate) is None else apart(_bias(gate))
     return FFNWeights(*apart(weight(gate)), weight(down), *biases, _bias(down))
@@ -176,7 +205,7 @@ def _probe(
         if is_machine_failure(error):
             raise
         raise UnsupportedModelError(
-            f"{kind} looks like a gated FFN but does not run on hidden states alone: {error}"
+            f"{kind} looks like an FFN but does not run on hidden states alone: {error}"
         ) from error
     if isinstance(expected, Tensor):
         for found in candidates:
@@ -186,8 +215,8 @@ def _probe(
             if close(ours, expected, tolerance):
                 return found
     raise UnsupportedModelError(
-        f"{kind} has the layers of a gated FFN but computes something other than down(act(gate(x)) * up(x)): "
-        f"{_OTHER_FORM}"
+        f"{kind} has the layers of {'a gated FFN' if candidates[0].reading.gated else 'an FFN without a gate'} but "
+        f"computes something other than {form_of(candidates[0].reading)}: {_OTHER_FORM}"
     )
 
 

@@ -16,10 +16,20 @@ from .base import (
     find_decoder,
     registry,
 )
-from .dense import without_gate
-from .forms import is_block, is_ffn, is_mixer, linear_shape, linear_weights, outside_mixers, stacked, ungated
+from .forms import (
+    is_block,
+    is_ffn,
+    is_mixer,
+    linear_shape,
+    linear_weights,
+    outside_mixers,
+    projections,
+    stacked,
+    ungated,
+)
 from .moe import verify_experts
 from .reasons import why_never_decoding, why_nothing
+from .spread import pair_site, verify_pairs
 from .stacks import find_layers
 
 logger = logging.getLogger("popmm")
@@ -46,6 +56,8 @@ def describe(model: nn.Module, probe: bool = True, skip_layers: tuple[int, ...] 
     search = _Search(names, probe)
     blocks = find_layers(decoder)
     layers = [search.layer(index, block, index in skip_layers) for index, block in enumerate(blocks)]
+    if probe:
+        search.settle(decoder, [layer for layer in layers if layer.index not in skip_layers])
     description = ModelDescription(decoder, names.get(id(decoder), ""), layers, search.left_out)
     if not any(layer.sites for layer in layers):
         types = {name: type(module).__name__ for name, module in model.named_modules() if name in search.every_reason}
@@ -75,11 +87,11 @@ class _Search:
         self._left: list[tuple[nn.Module, nn.Module]] = []
         self._visit(module, module, module, layer)
         if not layer.sites and not self._left:
-            self._find_spread(module)
+            self._find_spread(layer)
         routed = {id(site.module) for site in layer.sites if site.is_experts}
         routed |= {id(left) for left, _ in self._left if _is_routed(left) and not routed}
         for site in layer.sites:
-            site.name, site.layer = self.names[id(site.module)], index
+            site.name, site.layer = site.name or self.names[id(site.module)], index
             site.shared = bool(routed) and not site.is_experts
         for left, top in self._left:
             if not routed or id(left) in routed:  # shared experts count on neither side
@@ -105,9 +117,9 @@ class _Search:
             layer.attention_weights += sum(linear_weights(child) for child, found in inside if not found)
         return holds
 
-    def _find_spread(self, block: nn.Module) -> None:
+    def _find_spread(self, layer: DecoderLayer) -> None:
         """A block's only FFN may be no module by itself: its projections stand in the block, or in several parts."""
-        layers = outside_mixers(block)
+        block, layers = layer.module, outside_mixers(layer.module)
         pair = ungated(layers)
         if pair is None:
             return
@@ -117,8 +129,34 @@ class _Search:
             names = ", ".join([*wide, pair[1]])
             reason = f"{kind} holds the projections of a gated FFN ({names}) among other parts: popmm prunes FFNs that "
             self._leave_out(block, reason + "are modules by themselves")
-        else:
-            self._leave_out(block, f"{kind} {without_gate(pair)}")
+            return
+        try:
+            site = self._pair(block, pair)
+        except BrokenWeightsError as error:
+            raise BrokenWeightsError(f"{self.names[id(block)]}.{error}") from error
+        except UnsupportedModelError as error:
+            self._leave_out(block, str(error))
+            return
+        layer.sites.append(site)
+        layer.attention_weights -= site.active_weights()
+
+    def _pair(self, block: nn.Module, pair: tuple[str, str]) -> FFNSite:
+        """The site of two projections in a block that is more than an FFN, or is called with more than x."""
+        site, name = pair_site(block, pair, self._probing), self.names[id(block)]
+        site.name = name
+        site.places = {f"{name}.{own}": part for own, part in site.places.items()}
+        return site
+
+    def settle(self, decoder: nn.Module, layers: list[DecoderLayer]) -> None:
+        """Verifies the FFNs that are no modules by themselves; those that fail are left out."""
+        found = [(layer, site) for layer in layers for site in layer.sites if site.entry is not None]
+        reasons = verify_pairs(decoder, [site for _, site in found]) if found else {}
+        for layer, site in found:
+            if site.name in reasons:
+                layer.sites.remove(site)
+                layer.attention_weights += site.active_weights()
+                self.every_reason.setdefault(site.name, reasons[site.name])
+                self.left_out.setdefault(site.name, reasons[site.name])
 
     def _ask(self, module: nn.Module, parent: nn.Module, top: nn.Module) -> FFNSite | str | None:
         """The site that a module is, why it can be none, or None if it is no FFN."""
@@ -138,7 +176,15 @@ class _Search:
                 f"{type(module).__name__} is a list of {len(module)} experts, each run with the tokens routed to it: "
                 "popmm prunes experts that transformers' experts interface runs, stacked in one tensor"
             )
-        site = next((s for s in (adapter.site(module, self._probing) for adapter in registry()) if s is not None), None)
+        try:
+            site = next(filter(None, (adapter.site(module, self._probing) for adapter in registry())), None)
+        except BrokenWeightsError:
+            raise
+        except UnsupportedModelError:
+            pair = ungated(projections(module)) if len(projections(module)) == 2 else None
+            if pair is None:
+                raise
+            site = self._pair(module, pair)
         if site is not None and site.is_experts:
             site.top_k = _router_top_k(top) or site.top_k
             if not site.top_k:

@@ -38,10 +38,6 @@ class ExpertsAdapter:
                     f"interface: {_OTHER_FORM}"
                 )
             return None
-        if not module.has_gate:
-            raise UnsupportedModelError(
-                f"{kind} has experts without a gate: popmm prunes gated FFNs (gate, up and down projections)"
-            )
         if getattr(module, "has_post_expert_norm", False):
             raise UnsupportedModelError(f"{kind} normalises each expert's output: popmm does not support that yet")
         if is_expert_parallel(module):
@@ -52,7 +48,7 @@ class ExpertsAdapter:
             reason = "" if parameter.is_meta and type(parameter) is nn.Parameter else why_not_readable(parameter)
             if reason:
                 raise UnsupportedModelError(f"{kind} has experts that cannot be read: {name} {reason}")
-        missing = [name for name in ("gate_up_proj", "down_proj") if name not in module._parameters]
+        missing = [name for name in (_first(module), "down_proj") if name not in module._parameters]
         if missing:
             held = ", ".join(name for name, _ in module.named_parameters(recurse=False))
             raise UnsupportedModelError(f"{kind} has experts without {' and '.join(missing)} ({held}): {_OTHER_FORM}")
@@ -60,7 +56,7 @@ class ExpertsAdapter:
             module=module,
             weights=partial(_views, module),
             combine=partial(_combine, module),
-            split=partial(_split, module, dim=-1),
+            split=partial(_split, module, dim=-1) if module.has_gate else None,
             n_experts=module.num_experts,
             top_k=_top_k(module),
         )
@@ -85,7 +81,8 @@ def verify_experts(site: FFNSite) -> None:
     weight = torch.rand(index.shape, generator=generator, **plain).to(x)
     experts = index.flatten()
     pairs = x.repeat_interleave(site.top_k, dim=0)
-    h = site.combine(expert_linear(pairs, w.gate, experts, w.gate_bias), expert_linear(pairs, w.up, experts, w.up_bias))
+    up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
+    h = site.combine(expert_linear(pairs, w.gate, experts, w.gate_bias), up)
     y = expert_linear(h, w.down, experts, w.down_bias) * weight.flatten().unsqueeze(-1)
     ours = y.view(PROBE_TOKENS, site.top_k, -1).sum(dim=1).to(x.dtype)
     try:
@@ -97,22 +94,27 @@ def verify_experts(site: FFNSite) -> None:
             f"{kind} looks like stacked experts but does not run on hidden states, expert numbers and router "
             f"weights: {error}"
         ) from error
+    form = "down(act(up(x)))" if w.up is None else "down(act(gate(x)) * up(x))"
     if not isinstance(theirs, Tensor) or not close(ours, theirs, TOLERANCE.get(x.dtype, 1e-4)):
-        raise UnsupportedModelError(
-            f"{kind} computes something other than down(act(gate(x)) * up(x)) per expert: {_OTHER_FORM}"
-        )
+        raise UnsupportedModelError(f"{kind} computes something other than {form} per expert: {_OTHER_FORM}")
 
 
 def _views(module: nn.Module) -> FFNWeights:
     def rows(w: Tensor) -> Tensor:
         return w.mT if module.is_transposed else w
 
-    gate, up = _split(module, rows(module.gate_up_proj), dim=-2)
-    gate_bias = up_bias = down_bias = None
+    first, gate_bias, up_bias, down_bias = getattr(module, _first(module)), None, None, None
+    gate, up = _split(module, rows(first), dim=-2) if module.has_gate else (rows(first), None)
     if module.has_bias:
-        gate_bias, up_bias = _split(module, module.gate_up_proj_bias, dim=-1)
+        bias = getattr(module, f"{_first(module)}_bias")
+        gate_bias, up_bias = _split(module, bias, dim=-1) if module.has_gate else (bias, None)
         down_bias = module.down_proj_bias
     return FFNWeights(gate, up, rows(module.down_proj), gate_bias, up_bias, down_bias)
+
+
+def _first(module: nn.Module) -> str:
+    """Name of the tensor that widens."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def _split(module: nn.Module, gate_up: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +125,9 @@ def _split(module: nn.Module, gate_up: Tensor, dim: int) -> tuple[Tensor, Tensor
     return gate_up[..., 0::2], gate_up[..., 1::2]
 
 
-def _combine(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+def _combine(module: nn.Module, gate: Tensor, up: Tensor | None) -> Tensor:
+    if up is None:
+        return module.act_fn(gate)
     if type(module)._apply_gate is default_apply_gate:
         return module.act_fn(gate) * up
     if module.is_concatenated:

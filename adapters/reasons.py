@@ -68,11 +68,11 @@ def why_nothing(model: nn.Module, layers: list[DecoderLayer], reasons: dict[str,
     if heavy and all(any(mixes_tokens(part) for part in child.modules()) for child in heavy.values()):
         return (
             f"{kind} has no FFNs: its layers hold nothing but mixers over tokens, such as {held} in {where}; popmm "
-            "prunes gated FFNs"
+            "prunes FFNs"
         )
     return (
-        f"{where} holds no FFN of a known form; it has {held or 'no weights'}. popmm prunes gated FFNs (gate, up and "
-        f"down projections) of plain nn.Linear layers: {_OTHER_FORM}"
+        f"{where} holds no FFN of a known form; it has {held or 'no weights'}. popmm prunes FFNs (projections up "
+        f"and down, with a gate or without) of plain linear layers: {_OTHER_FORM}"
     )
 
 

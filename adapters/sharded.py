@@ -37,7 +37,7 @@ def why_not_local(linear: nn.Module, name: str) -> str:
 
 def by_channels(widening: list[nn.Module], down: nn.Module) -> str:
     """Why the layers of an FFN do not hold the same channels in each process; empty if they do."""
-    spread = [is_sharded(layer.weight) for layer in (*widening, down)]
+    spread = [is_sharded(getattr(layer, "weight", None)) for layer in (*widening, down)]
     if not any(spread):
         return ""
     dims = [getattr(layer.weight, "placements", [None])[0] for layer in (*widening, down)]
@@ -48,14 +48,14 @@ def by_channels(widening: list[nn.Module], down: nn.Module) -> str:
 def bias_of_sum(down: nn.Module) -> Tensor | None:
     """The bias that this process adds before the sum over processes: the first one adds it for all."""
     bias = getattr(down, "bias", None)
-    if not is_sharded(down.weight):
+    if not is_sharded(getattr(down, "weight", None)):
         return bias
     return local(bias) if dist.get_rank(_group(down)) == 0 else None
 
 
 def sum_over_processes(down: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What makes the output of the parts that processes compute; None where this process computes it all."""
-    if not is_sharded(down.weight):
+    if not is_sharded(getattr(down, "weight", None)):
         return None
     group = _group(down)
 
@@ -69,7 +69,7 @@ def sum_over_processes(down: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def processes(down: nn.Module) -> int:
     """How many hold the channels of an FFN."""
-    return dist.get_world_size(_group(down)) if is_sharded(down.weight) else 1
+    return dist.get_world_size(_group(down)) if is_sharded(getattr(down, "weight", None)) else 1
 
 
 def _group(layer: nn.Module):

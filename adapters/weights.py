@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +60,35 @@ def why_not_plain(linear: nn.Module, name: str) -> str:
         reason = "" if tensor.is_meta and type(tensor) is nn.Parameter else why_not_readable(tensor)
         if reason:
             return f"{name}.{key} {reason}"
-    if not is_linear(linear) or (isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward):
+    if not is_linear(linear) or not _is_a_product(type(linear)):
         return f"{name} is a {kind}, which computes by a forward of its own: popmm reads plain nn.Linear layers"
-    if type(linear).__name__ == "Conv1D":
-        return f"{name} is a Conv1D, whose weight lies transposed: popmm reads plain nn.Linear layers"
     return ""
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a plain linear layer, ``[out, in]``, as a view where it lies transposed (Conv1D)."""
+    return linear.weight.mT if type(linear).__name__ == "Conv1D" else linear.weight
+
+
+@functools.cache
+@torch.no_grad()
+def _is_a_product(kind: type) -> bool:
+    """Whether a linear layer's forward is ``x @ weight.T + bias`` and nothing else, of its weight and bias alone."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float64, device="cpu")
+    weight, bias, x = (torch.randn(s, generator=generator, **plain) for s in ((5, 3), (5,), (2, 3)))
+    for own in (bias, None) if issubclass(kind, nn.Linear) else (bias,):
+        turned = weight if issubclass(kind, nn.Linear) else weight.mT.contiguous()
+        layer = SimpleNamespace(weight=turned, bias=own, nf=5, nx=3, in_features=3, out_features=5)
+        try:
+            y = kind.forward(layer, x)
+        except Exception:  # it needs more than these
+            return False
+        expected = torch.nn.functional.linear(x, weight, own)
+        if not isinstance(y, Tensor) or y.shape != expected.shape or not torch.allclose(y, expected):
+            return False
+    return True
 
 
 def check_finite(weights: dict[str, Tensor]) -> None:

@@ -30,6 +30,7 @@ from popmm.runtime.dense import PrunedFFN
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts import PrunedExperts
 from popmm.runtime.freed import FreedWeights
+from popmm.runtime.pair import PrunedPair
 from popmm.runtime.partitions import Partitions
 from popmm.runtime.phase import Phase
 from popmm.runtime.rest import RestLayer, rest_layers
@@ -191,7 +192,8 @@ def _plan(
             continue
         sizes, several = sizes_for(site, ratio, config, rule), sizes_together(site, ratio, config)
         layouts.append(choose_layout(site, sizes, several, config, why_not_in_place(site.module, shared)))
-        ffns.append((PrunedExperts if site.is_experts else PrunedFFN)(site, sizes, config, layouts[-1]))
+        kind = PrunedExperts if site.is_experts else PrunedFFN if site.entry is None else PrunedPair
+        ffns.append(kind(site, sizes, config, layouts[-1]))
     tower = _pruned_tower(model, config)
     phase = Phase(config.waiting_calls, config.lossless)
     rest: list[RestLayer] = []

@@ -87,7 +87,8 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
         how += f" gate_bits={c.gate_bits} (batches above {most} read all of C: each token's own rows would be more)"
     if c.selection == "tiers" and not ffns[0].sizes.is_dense:
         parts = [f"{n / ffns[0].sizes.d_ff:.0%} in {bits} bits" for bits, n in ffns[0].sizes.tiers]
-        how += f" ({', '.join(parts)}, of each FFN's channels; {ffns[0].sizes.base} bits of every gate row"
+        first = "gate row" if ffns[0].sizes.matrices == 3 else "row of the first projection"
+        how += f" ({', '.join(parts)}, of each FFN's channels; {ffns[0].sizes.base} bits of every {first}"
         own = "; of experts each token reads its own" if any(ffn.site.is_experts for ffn in ffns) else ""
         together, whole = state.bytes_per_step(2)
         how += f"; the tokens of a batch's step choose together: it reads {together / whole:.1%}{own})"

@@ -36,20 +36,26 @@ class Case:
 
 MODELS = {
     **{name: Case(name, tiny.dense) for name in tiny.DENSE},
+    **{name: Case(name, tiny.dense) for name in tiny.UNGATED},
     **{name: Case(name, tiny.moe) for name in tiny.MOE},
     **{f"{name} (pictures)": Case(name, tiny_vlm.build, pictures=True) for name in tiny_vlm.VLMS},
 }
-# one of each form: plain, with biases, fused, experts, with shared ones, transposed with biases, with pictures
+# one of each form: plain, with biases, fused, without a gate and transposed with biases, without a module, experts,
+# with shared ones, transposed with biases, with pictures
 FORMS = [
     "llama",
     "llama-bias",
     "phi3",
+    "gpt2",
+    "opt",
     "mixtral",
     "qwen2-moe",
     "gpt-oss",
     "llava (pictures)",
     "qwen3-vl-moe (pictures)",
 ]
+
+TIES = ["nemotron", "opt"]  # relu leaves channels at exactly 0, of which any may pass: they add nothing but means
 
 SELECTIONS = {
     "mask": dict(selection="mask", candidate_fraction=0.2),

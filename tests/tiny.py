@@ -6,23 +6,31 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BloomConfig,
     DeepseekV3Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GPT2Config,
+    GPTNeoXConfig,
     GptOssConfig,
     GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
     OlmoeConfig,
+    OPTConfig,
     Phi3Config,
+    PhiConfig,
     PhimoeConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Starcoder2Config,
 )
 
 VOCAB = 64
@@ -50,6 +58,23 @@ DENSE = {
     "phi3": Phi3Config(**COMMON),
     "olmo2": Olmo2Config(**COMMON),
     "glm4": Glm4Config(**COMMON, head_dim=8),
+}
+
+SMALL = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1)
+# FFNs without a gate
+UNGATED = {
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_inner=80, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=None
+    ),
+    "nemotron": NemotronConfig(**COMMON, head_dim=8),
+    "phi": PhiConfig(**COMMON),
+    "starcoder2": Starcoder2Config(**COMMON, use_bias=False),
+    "gpt-neox": GPTNeoXConfig(**SMALL, intermediate_size=80, pad_token_id=0, eos_token_id=None),
+    "falcon": FalconConfig(**SMALL, ffn_hidden_size=80, pad_token_id=0, eos_token_id=None),
+    "bloom": BloomConfig(**SMALL, pad_token_id=0, eos_token_id=None),
+    "opt": OPTConfig(
+        **SMALL, ffn_dim=80, max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=0, eos_token_id=None
+    ),
 }
 
 EXPERTS = {k: v for k, v in COMMON.items() if k != "intermediate_size"}
@@ -116,7 +141,7 @@ def build(config, dtype: torch.dtype = torch.float32, seed: int = 0):
 
 
 def dense(name: str, **changes):
-    config = DENSE[name]
+    config = {**DENSE, **UNGATED}[name]
     if changes.pop("dtype", None) is not None:
         raise TypeError("give dtype to build")
     return build(type(config)(**{**config.to_dict(), **changes}))

@@ -63,12 +63,10 @@ def all_candidates(d_ff: int, ffn_ratio: float, candidate_fraction: float) -> Re
 
 
 def by_magnitude(state: PartitionState, read: Callable[[], None]) -> None:
-    """A channel's rank without any data: the product of the norms of its three vectors."""
+    """A channel's rank without any data: the product of the norms of its vectors."""
 
     def rank(ffn: PrunedSite, statistics: ChannelStatistics) -> Tensor:
-        w = ffn.site.weights()
-        gate, up = (torch.linalg.vector_norm(rows.float(), dim=-1) for rows in (w.gate, w.up))
-        return gate * up * ffn.layout.by_channel(ffn.layout.norms)
+        return ffn.ranking.prior()
 
     rank_by(state, rank)
 

@@ -158,7 +158,7 @@ def quantised_ffns(model, bits: int) -> Iterator[float]:
     Yields:
         The share of the FFNs' bytes that is left, scales of 16 bits included.
     """
-    weights = [w for site in describe(model, probe=False).sites() for w in site.weights()[:3]]
+    weights = [w for site in describe(model, probe=False).sites() for w in site.weights().matrices]
     kept = [w.detach().clone() for w in weights]
     try:
         left = 0.0

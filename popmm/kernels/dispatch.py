@@ -96,7 +96,9 @@ def tiers_ffn(
     x: Tensor,
     votes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    own = [Planes(*parts[i : i + 4]) for i in (0, 4, 8)]
+    own: list[Planes | None] = [Planes(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
+    if len(own) == 2:  # without a gate
+        own.insert(1, None)
     tiers = list(zip(bits, counts))
     return native.TiersFFN(own, d_ff, rms, norms, (gate_bias, up_bias), activation, tiers)(first, x, votes)
 

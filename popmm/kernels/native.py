@@ -137,7 +137,7 @@ def planes_decode(rows: Planes, bits: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")  # in the order of tiers.c
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")  # in the order of tiers.c
 
 
 class TiersFFN:
@@ -145,7 +145,7 @@ class TiersFFN:
 
     def __init__(
         self,
-        parts: Sequence[Planes],
+        parts: Sequence[Planes | None],
         d_ff: int,
         rms: Tensor,
         norms: Tensor,
@@ -153,12 +153,13 @@ class TiersFFN:
         activation: str,
         tiers: Sequence[tuple[int, int]],
     ) -> None:
-        found = [_planes(rows, rows.base_bits) for rows in parts]
+        there = [rows for rows in parts if rows is not None]
+        found = [_planes(rows, rows.base_bits) for rows in there]
         _, n_rows, self.d = found[0]
         group = parts[0].group
-        same = all(sizes[1:] == (n_rows, self.d) and rows.group == group for sizes, rows in zip(found, parts))
+        same = all(sizes[1:] == (n_rows, self.d) and rows.group == group for sizes, rows in zip(found, there))
         if not same or n_rows % d_ff:
-            raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in parts]} are no FFNs of d_ff={d_ff}")
+            raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in there]} are no FFNs of d_ff={d_ff}")
         bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
         if (
             not 0 < len(tiers) <= len(parts[0].precisions)
@@ -173,7 +174,7 @@ class TiersFFN:
         vectors += [None if bias is None else _floats(bias.flatten(), "bias", (n_rows,)) for bias in biases]
         self._held = (parts, vectors)  # whose addresses follow
         self.read, self.last = sum(counts), n_rows - d_ff
-        self._before = [_addresses(rows) for rows in parts]
+        self._before = [None if rows is None else _addresses(rows) for rows in parts]
         self._before += [n_rows, self.d, group, d_ff, *(None if t is None else _p(t) for t in vectors)]
         self._before += [ACTIVATIONS.index(activation), len(tiers)]
         self._before += [(ctypes.c_int64 * len(tiers))(*own) for own in (bits, counts)]

@@ -21,6 +21,7 @@ namespace {
 
 struct FFN {
     const void *parts[3][4];
+    bool gated;
     int64_t n_rows, d, group, d_ff;
     const float *rms, *norm, *gate_bias, *up_bias;
     int activation;
@@ -164,7 +165,7 @@ Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, const s
     Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{n, own.d}, wide ? ScalarType::Float : x.scalar_type());
     index.resize(n * own.read);
     const int64_t failed =
-        tiers_ffn(own.parts[0], own.parts[1], own.parts[2], own.n_rows, own.d, own.group, own.d_ff, own.rms, own.norm,
+        tiers_ffn(own.parts[0], own.gated ? own.parts[1] : nullptr, own.parts[2], own.n_rows, own.d, own.group, own.d_ff, own.rms, own.norm,
                   own.gate_bias, own.up_bias, own.activation, (int64_t)own.bits.size(), own.bits.data(), own.count.data(), start,
                   votes.has_value() ? (const float *)votes->const_data_ptr() : nullptr, n, floats(x, in), results(y, out), index.data(), threads());
     STD_TORCH_CHECK(failed < 0, failed == INT64_MAX ? "popmm: there is no memory for a vector of the model"
@@ -219,7 +220,8 @@ int64_t new_ffn(const void *const *gate, const void *const *up, const void *cons
                 int64_t group, int64_t d_ff, const float *rms, const float *norm, const float *gate_bias, const float *up_bias,
                 int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count) {
     FFN *own = new FFN{};
-    for (int i = 0; i < 4; i++) own->parts[0][i] = gate[i], own->parts[1][i] = up[i], own->parts[2][i] = down[i];
+    own->gated = up != nullptr;
+    for (int i = 0; i < 4; i++) own->parts[0][i] = gate[i], own->parts[1][i] = up ? up[i] : nullptr, own->parts[2][i] = down[i];
     own->n_rows = n_rows, own->d = d, own->group = group, own->d_ff = d_ff;
     own->rms = rms, own->norm = norm, own->gate_bias = gate_bias, own->up_bias = up_bias, own->activation = activation;
     own->bits.assign(bits, bits + n_tiers), own->count.assign(count, count + n_tiers);

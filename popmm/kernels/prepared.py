@@ -59,7 +59,7 @@ class TiersFFN(_Stays):
     """FFNs in tiers at one call, on the CPU with the C kernels (``serves_tiers``), of weights that stay where they are.
 
     Args:
-        parts: nested planes of gate, up and down, rows ``[n_ffns * d_ff, d_model]``.
+        parts: nested planes of gate, up and down, rows ``[n_ffns * d_ff, d_model]``; no up without a gate.
         rms, norms: of all rows, float32: what predicts a channel's weight beside its gate.
         biases: of gate and up, of all rows, or None.
         activation: one of ``native.ACTIVATIONS``.
@@ -68,7 +68,7 @@ class TiersFFN(_Stays):
 
     def __init__(
         self,
-        parts: Sequence[Planes],
+        parts: Sequence[Planes | None],
         d_ff: int,
         rms: Tensor,
         norms: Tensor,
@@ -78,7 +78,16 @@ class TiersFFN(_Stays):
     ) -> None:
         self._eager = native.TiersFFN(parts, d_ff, rms, norms, biases, activation, tiers)
         bits, counts = [b for b, _ in tiers], [n for _, n in tiers]
-        self._arguments = [t for rows in parts for t in rows], d_ff, rms, norms, *biases, activation, bits, counts
+        self._arguments = (
+            [t for rows in parts if rows is not None for t in rows],
+            d_ff,
+            rms,
+            norms,
+            *biases,
+            activation,
+            bits,
+            counts,
+        )
         self._handle = self._eager.operator()
 
     @property

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-enum { SILU, GELU_TANH, GELU, RELU };
+enum { SILU, GELU_TANH, GELU, RELU, RELU2 };
 
 /* e^x by 2^n * e^r, to a relative 2e-7, in plain arithmetic so that compilers can do several at once */
 static inline float exponential(float x) {
@@ -34,6 +34,9 @@ static void activate(float *g, int64_t from, int64_t to, int activation) {
         break;
     case GELU:
         for (int64_t i = from; i < to; i++) g[i] = 0.5f * g[i] * (1 + erff(g[i] * 0.70710678f));
+        break;
+    case RELU2:
+        for (int64_t i = from; i < to; i++) g[i] = g[i] > 0 ? g[i] * g[i] : 0;
         break;
     default:
         for (int64_t i = from; i < to; i++) g[i] = g[i] > 0 ? g[i] : 0;
@@ -167,7 +170,7 @@ static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int thr
 
 /* y[n, d] of x[n, d]; index[n, K]: the channels read, the best tier first, rising within each.
  *
- * Rows of token t begin at first[t]; rms, norm and biases (or NULL) are of all rows. Tier i reads count[i] channels in
+ * up is NULL where h is the activated gate alone. Rows of token t begin at first[t]; rms, norm and biases (or NULL) are of all rows. Tier i reads count[i] channels in
  * bits[i] bits. Each token chooses by its scores; with votes[n] all choose together, and read the same rows: by the sum of
  * their scores' squares, each token's of sum votes[t]. Returns -1, or OUT_OF_MEMORY, or the place of a wrong `first`.
  */
@@ -176,7 +179,7 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
                   const float *up_bias, int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count,
                   const int64_t *first, const float *votes, int64_t n, const float *x, float *y, int64_t *index, int threads) {
     const planes g = {gate[0], gate[1], gate[2], gate[3], n_rows, d, group};
-    const planes u = {up[0], up[1], up[2], up[3], n_rows, d, group};
+    const planes u = up ? (planes){up[0], up[1], up[2], up[3], n_rows, d, group} : g;
     const planes w = {down[0], down[1], down[2], down[3], n_rows, d, group};
     const int64_t outside = first_outside(first, n, n_rows - d_ff + 1);
     if (outside >= 0) return outside;
@@ -246,7 +249,7 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
                 for (int64_t r = ours.from, step = m > 1 ? TOGETHER : ours.to - ours.from; r < ours.to; r += step)
                     for (int64_t t = 0; t < m; t++) {
                         const range few = {r, r + step < ours.to ? r + step : ours.to};
-                        rows_dot(&u, (int)bits[i], from, mine, count[i], own.x + t, own.h + t * d_ff + at, few);
+                        if (up) rows_dot(&u, (int)bits[i], from, mine, count[i], own.x + t, own.h + t * d_ff + at, few);
                         if (bits[i] > base)
                             rows_dot(&g, (int)bits[i], from, mine, count[i], own.x + t, own.gates + t * d_ff + at, few);
                     }
@@ -258,8 +261,10 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
                             for (int64_t j = ours.from; j < ours.to; j++) gates[j] += gate_bias[from + mine[j]];
                         activate(gates, ours.from, ours.to, activation);
                     }
-                    for (int64_t j = ours.from; j < ours.to; j++)
-                        h[j] = (bits[i] == base ? values[mine[j]] : gates[j]) * (h[j] + (up_bias ? up_bias[from + mine[j]] : 0));
+                    for (int64_t j = ours.from; j < ours.to; j++) {
+                        const float factor = up ? h[j] + (up_bias ? up_bias[from + mine[j]] : 0) : 1;
+                        h[j] = (bits[i] == base ? values[mine[j]] : gates[j]) * factor;
+                    }
                 }
             }
 #pragma omp barrier

@@ -50,8 +50,8 @@ class CopyLayout(ChannelsStay):
         pads = source.gate.ndim == 2 and source.gate.device.type == "cpu" and source.gate.element_size() == 2
         n_rows = -(-n // PAD) * PAD if pads else n
 
-        def rows(w: Tensor) -> Tensor:
-            return w.new_zeros(*w.shape[:-2], n_rows, w.shape[-1])
+        def rows(w: Tensor | None) -> Tensor | None:
+            return None if w is None else w.new_zeros(*w.shape[:-2], n_rows, w.shape[-1])
 
         def vector(b: Tensor | None) -> Tensor | None:
             return None if b is None else b.new_zeros(*b.shape[:-1], n_rows)
@@ -77,8 +77,8 @@ class CopyLayout(ChannelsStay):
             )
             gate, up, down, gate_bias, up_bias, _ = self.padded
             if n_rows != n:
-                gate, up = gate[:n], up[:n]
-                gate_bias, up_bias = (None if b is None else b[:n] for b in (gate_bias, up_bias))
+                own = (gate, up, gate_bias, up_bias)
+                gate, up, gate_bias, up_bias = (None if t is None else t[:n] for t in own)
             self.weights = FFNWeights(gate, up, down, gate_bias, up_bias, down_bias)
             self.down_norm = self.norms.new_empty(*self.norms.shape[:-1], n)
             fix_addresses(self)
@@ -96,7 +96,8 @@ class CopyLayout(ChannelsStay):
         with torch.inference_mode(False), torch.no_grad():
             order = order.clone()
             for own, theirs in ((mine.gate, source.gate), (mine.up, source.up)):
-                gather(theirs, order, -2, own)
+                if own is not None:
+                    gather(theirs, order, -2, own)
             gather(source.down, order, -1, mine.down)
             for own, theirs in ((mine.gate_bias, source.gate_bias), (mine.up_bias, source.up_bias)):
                 if own is not None:

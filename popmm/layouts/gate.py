@@ -3,6 +3,9 @@
 A channel's weight is predicted as ``|combine(g_i, rms_i)| * ||W_down[:, i]||``, where ``g_i`` is the token's own
 gate value and ``rms_i`` the up projection's root mean square over the prompt: what the prompt pass
 buys. With ``gate_bits`` 8 or 4 a quantised copy of the gate rows gives ``g_i``, for the prediction and as its value.
+
+Of an FFN without a gate the first projection's rows are read so: ``|act(g_i)| * ||W_down[:, i]||`` is then what the
+channel weighs, with 16 bits exactly, and only down rows are left to read.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from popmm.layouts.base import ChannelsStay, fix_addresses
 from popmm.layouts.turned import Turned
 from popmm.method.budget import RegionSizes
 from popmm.method.expert_linear import expert_linear
-from popmm.method.ffn import Combine, FFNWeights, down_norm, gather, identities
+from popmm.method.ffn import Combine, FFNWeights, down_norm, gather, identities, up_values
 from popmm.method.fingerprint import fingerprint
 from popmm.method.partition import FFNPartition
 
@@ -83,9 +86,11 @@ class GateLayout(ChannelsStay):
             d_model, u = source.d_model, self.sizes.read
             stack = source.gate.shape[:-2]
             self._buffers = []
-            self.up, own_up = as_rows(source.up)
-            if not own_up:
-                self._buffers.append(self.up.rows)
+            self.dtype, self.up = source.down.dtype, None
+            if source.up is not None:
+                self.up, own_up = as_rows(source.up)
+                if not own_up:
+                    self._buffers.append(self.up.rows)
             if self.in_place and source.down.is_contiguous():
                 self._turn(source.down)
             self.down, own_down = as_rows(source.down.mT)
@@ -101,7 +106,7 @@ class GateLayout(ChannelsStay):
             else:
                 self.gate = self._new(source.gate.new_empty(*stack, u, d_model))
             self.order = self._new(torch.zeros(*stack, u, dtype=torch.int64, device=source.gate.device))
-            self.rms = self._new(self.norms.new_zeros(*stack, u))
+            self.rms = self._new(self.norms.new_ones(*stack, u))
             self.norm = self._new(self.norms.new_zeros(*stack, u))
             self.gate_bias = None if source.gate_bias is None else self._new(source.gate_bias.new_zeros(*stack, u))
             self.up_bias = None if source.up_bias is None else self._new(source.up_bias.new_zeros(*stack, u))
@@ -120,20 +125,21 @@ class GateLayout(ChannelsStay):
     def reading_order(self) -> Tensor:
         return self.order
 
-    def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor) -> None:
+    def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor | None) -> None:
         """Sets what decode needs of a prompt.
 
         Args:
             source: the model's weights.
             partition: its retained and candidate channels are the U whose gate rows are read.
             mean: prompt mean of every channel, float32 ``[(E,) d_ff]``.
-            rms: root mean square of the up projection over the prompt, float32 ``[(E,) d_ff]``.
+            rms: root mean square of the up projection over the prompt, float32 ``[(E,) d_ff]``; None without a gate.
         """
         with torch.inference_mode(False), torch.no_grad():
             # rising, so that rows are read forward
             order = partition.reading_order.to(self.order.device).sort(dim=-1)[0]
             self.order.copy_(order)
-            self.rms.copy_(rms.to(order.device).gather(-1, order))
+            if rms is not None:
+                self.rms.copy_(rms.to(order.device).gather(-1, order))
             self.norm.copy_(self.norms.gather(-1, order))
             if self.bits == 16 and not self.all_channels:
                 gather(source.gate, order, -2, self.gate)
@@ -172,14 +178,14 @@ class GateLayout(ChannelsStay):
             among the U that passed.
         """
         with without_autocast(x.device):
-            return self._decode(x.to(self.up.rows.dtype), combine, experts)
+            return self._decode(x.to(self.dtype), combine, experts)
 
     def _decode(self, x: Tensor, combine: Combine, experts: Tensor | None) -> tuple[Tensor, Tensor]:
         g = self.gates(x, experts)
         index = kernels.choose(self.score(g, combine, experts), self.sizes.budget)
         order = self.order if experts is None else self.order[experts]
         channels = order[index] if experts is None else order.gather(1, index)
-        u = kernels.gather_dot(self.up.rows, self.up.of(channels, experts), x)
+        u = None if self.up is None else kernels.gather_dot(self.up.rows, self.up.of(channels, experts), x)
         if self.up_bias is not None:
             u = u + _pick(self.up_bias, index, experts)
         h = combine(g.gather(1, index), u)
@@ -206,24 +212,24 @@ class GateLayout(ChannelsStay):
             y as in ``decode``; which of the U channels passed, bool ``[n, U]``, None = all.
         """
         with without_autocast(x.device):
-            return self._decode_all(x.to(self.up.rows.dtype), combine, source, choose, experts)
+            return self._decode_all(x.to(self.dtype), combine, source, choose, experts)
 
     def _decode_all(
         self, x: Tensor, combine: Combine, source: FFNWeights, choose: Callable | None, experts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         g = self.gates(x, experts)
         order = self.order.expand(len(x), -1) if experts is None else self.order[experts]
-        if experts is None:
-            u = F.linear(x, source.up, source.up_bias)
+        if experts is None or source.up is None:
+            u = up_values(x, source)
         else:
             u = expert_linear(x, source.up, experts, source.up_bias)
-        h = combine(g, u.gather(1, order))
+        h = combine(g, None if u is None else u.gather(1, order))
         passing = None if choose is None else choose(self.score(g, combine, experts), self.sizes.budget)
         if self.mean is not None:
             h = h - (self.mean if experts is None else self.mean[experts])
         if passing is not None:
             h = h.masked_fill(~passing, 0.0)
-        full = torch.zeros_like(u).scatter(1, order, h.to(u.dtype))
+        full = x.new_zeros(len(x), self.sizes.d_ff).scatter(1, order, h.to(x.dtype))
         if experts is None:
             return F.linear(full, source.down, self.down_bias), passing
         return expert_linear(full, source.down, experts, self.down_bias), passing

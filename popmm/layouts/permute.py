@@ -160,8 +160,7 @@ class PermuteLayout:
         """Moves channels of all weights, or of none if anything is raised."""
         if not len(here):
             return
-        rows = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias, self.norms, self.order]
-        rows = [t.detach() for t in [*rows, *self.marks, *self._sizes] if t is not None]
+        rows = [*source.by_channel(), self.norms, self.order, *self.marks, *self._sizes]
         self._move_rows(rows, expert, here, there)
         self._remember(source)
 
@@ -197,7 +196,7 @@ class PermuteLayout:
             self.mean = source.down.new_zeros(*source.down.shape[:-2], n)
         self.weights = FFNWeights(
             source.gate.detach()[..., :n, :],
-            source.up.detach()[..., :n, :],
+            None if source.up is None else source.up.detach()[..., :n, :],
             source.down.detach()[..., :n],
             vector(source.gate_bias),
             vector(source.up_bias),
@@ -232,7 +231,7 @@ class PermuteLayout:
             self._find_order(source)
 
     def _find_order(self, source: FFNWeights) -> None:
-        weights = _rows(source)
+        weights = source.by_channel()
         # tensors that were put aside go home before anything else: whoever has them expects them as they were
         aside = [old for old, new in zip(self._held, weights, strict=True) if _is_elsewhere(old, new)]
         self._move_rows(aside, *self._way_home())
@@ -255,7 +254,7 @@ class PermuteLayout:
         return untouched and same(self.marks, fingerprint(source))
 
     def _remember(self, source: FFNWeights) -> None:
-        self._contents, self._place, self._held = _contents(self._module), _place(source), _rows(source)
+        self._contents, self._place, self._held = _contents(self._module), _place(source), source.by_channel()
 
 
 def _contents(module: nn.Module) -> list:
@@ -266,17 +265,12 @@ def _place(source: FFNWeights) -> tuple:
     return source.down.device, source.down.dtype, source.down.data_ptr()
 
 
-def _rows(source: FFNWeights) -> list[Tensor]:
-    """Weights and biases by channel, ``[(E,) d_ff, ...]``, in the order of a fingerprint."""
-    rows = [source.gate, source.up, source.down.mT, source.gate_bias, source.up_bias]
-    return [t.detach() for t in rows if t is not None]
-
-
 def _sizes(source: FFNWeights) -> list[Tensor]:
-    """Norm of each channel in each of ``_rows``, float32 ``[(E,) d_ff]``."""
-    rows, accumulate = _rows(source), torch.promote_types(source.gate.dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(w, dim=-1, dtype=accumulate).to(torch.float32) for w in rows[:3]]
-    return norms + [b.to(torch.float32).abs() for b in rows[3:]]
+    """Norm of each channel in each of its weights and biases, float32 ``[(E,) d_ff]``."""
+    rows, accumulate = source.by_channel(), torch.promote_types(source.gate.dtype, torch.float32)
+    n = len(source.matrices)
+    norms = [torch.linalg.vector_norm(w, dim=-1, dtype=accumulate).to(torch.float32) for w in rows[:n]]
+    return norms + [b.to(torch.float32).abs() for b in rows[n:]]
 
 
 def _is_elsewhere(old: Tensor, new: Tensor) -> bool:

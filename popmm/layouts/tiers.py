@@ -1,7 +1,8 @@
 """Tiers: gate, up and down by channel in nested planes, of which a token reads the more, the more a channel weighs.
 
 A channel's weight is predicted as with ``gate``, ``|combine(g_i, rms_i)| * ||W_down[:, i]||``, from the first plane of
-all gate rows. ``popmm.method.tiers`` says how many channels are then read in how many bits.
+all gate rows. ``popmm.method.tiers`` says how many channels are then read in how many bits. Without a gate there are no
+up rows, and the first projection stands for the gate.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ class TiersLayout(ChannelsStay):
 
     def dequantised(self, source: FFNWeights) -> FFNWeights:
         """All that the planes hold of the weights, in the shapes and the dtype of ``source``."""
-        most = self.gate.precisions[0]
-        rows = [kernels.planes_decode(part, most, source.down.dtype) for part in (self.gate, self.up, self.down)]
-        gate, up, down = (own.view(*source.gate.shape) for own in rows)
+        most, dtype, shape = self.gate.precisions[0], source.down.dtype, source.gate.shape
+        gate, up, down = (
+            None if part is None else kernels.planes_decode(part, most, dtype).view(shape)
+            for part in (self.gate, self.up, self.down)
+        )
         return source._replace(gate=gate, up=up, down=down.mT)
 
     def allocate(self, source: FFNWeights) -> None:
@@ -61,9 +64,9 @@ class TiersLayout(ChannelsStay):
             self.norms, self.marks = down_norm(source.down), fingerprint(source)
             if not self.sizes.is_dense:
                 for part, rows in (("gate", source.gate), ("up", source.up), ("down", source.down.mT)):
-                    setattr(self, part, self._encoded(part, rows))
+                    setattr(self, part, None if rows is None else self._encoded(part, rows))
                 self.has_kernels = kernels.serves_planes(self.gate)
-                self.rms = torch.zeros_like(self.norms)
+                self.rms = torch.ones_like(self.norms)
                 self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
                 self.order = torch.arange(source.d_ff, dtype=torch.int64, device=self.norms.device).expand(
                     self.norms.shape
@@ -77,7 +80,9 @@ class TiersLayout(ChannelsStay):
             self._source = identities(source)
 
     def _at_one_call(self, tiers: tuple[tuple[int, int], ...]) -> kernels.TiersFFN | None:
-        name = recognised(self.combine, self.norms.device) if kernels.serves_tiers(self.gate) else None
+        if not kernels.serves_tiers(self.gate):
+            return None
+        name = recognised(self.combine, self.norms.device, self.up is not None)
         if name is None:
             return None
         if tiers not in self._wholes:
@@ -101,9 +106,13 @@ class TiersLayout(ChannelsStay):
         check_finite(stack, f"{self.site} holds {part}", "selection='gate' with gate_bits=16")
         return Planes(*map(torch.cat, zip(*(planes.encode(own, self.sizes.base) for own in stack))))
 
-    def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor) -> None:
-        """Sets what the prediction needs of a prompt: the up projection's root mean square, float32 ``[(E,) d_ff]``."""
-        self.rms.copy_(rms)
+    def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor | None) -> None:
+        """Sets what the prediction needs of a prompt: the up projection's root mean square, float32 ``[(E,) d_ff]``.
+
+        None without a gate, where nothing is needed.
+        """
+        if rms is not None:
+            self.rms.copy_(rms)
 
     def gathers(self, n_tokens: int) -> bool:
         """Whether ``decode`` is to be preferred to ``decode_all``, which writes all weights out for any number."""
@@ -141,7 +150,9 @@ class TiersLayout(ChannelsStay):
                 own = g.gather(1, index)
                 if bits > self.sizes.base:
                     own = _with(kernels.planes_dot(self.gate, bits, rows, x), self.gate_bias, experts, index)
-                u = _with(kernels.planes_dot(self.up, bits, rows, x), self.up_bias, experts, index)
+                u = None
+                if self.up is not None:
+                    u = _with(kernels.planes_dot(self.up, bits, rows, x), self.up_bias, experts, index)
                 y = y + kernels.planes_add(self.down, bits, rows, combine(own, u))
             return _with(y, self.down_bias, experts), torch.cat(places, dim=1)
 
@@ -190,7 +201,9 @@ class TiersLayout(ChannelsStay):
                 own = g
                 if bits > self.sizes.base:
                     own = _with(self._product(self.gate, bits, x, experts), self.gate_bias, experts)
-                u = _with(self._product(self.up, bits, x, experts), self.up_bias, experts)
+                u = None
+                if self.up is not None:
+                    u = _with(self._product(self.up, bits, x, experts), self.up_bias, experts)
                 mine = torch.zeros_like(read).scatter_(1, index, True)
                 h = combine(own, u).masked_fill(~mine, 0.0)
                 y = y + self._product(self.down, bits, h, experts, transposed=True)

@@ -27,7 +27,8 @@ def with_bits(config: PopConfig, sites: list[FFNSite], ratio: float) -> PopConfi
         return config.replace(gate_bits=16)
     weights = sites[0].weights()
     cost = gate_row_bytes(weights, 8) / gate_row_bytes(weights, 16)
-    budget = (3 * (1 - ratio) - cost) / 2
+    n = len(weights.matrices)
+    budget = (n * (1 - ratio) - cost) / (n - 1)
     return config.replace(gate_bits=8 if budget >= BEST_OF_EIGHT else 4)
 
 
@@ -50,9 +51,10 @@ def sizes_for(
             "does not divide: give selection='gate' with gate_bits=16"
         )
     if config.selection == "tiers":
-        return tier_sizes(weights.d_ff, 1 - ratio, group, config.weight_bits, tokens)
+        matrices = len(weights.matrices)
+        return tier_sizes(weights.d_ff, 1 - ratio, group, config.weight_bits, tokens, matrices)
     cost = gate_row_bytes(weights, config.gate_bits) / (weights.gate.element_size() * weights.d_model)
-    return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost)
+    return gate_sizes(weights.d_ff, ratio, config.candidate_fraction, cost, len(weights.matrices))
 
 
 def sizes_together(site: FFNSite, ratio: float, config: PopConfig) -> dict[int, RegionSizes]:
@@ -80,7 +82,8 @@ def bytes_read(
     """FFN weight bytes that one decoded token reads of a site.
 
     The mask selection needs the down columns of the K channels that pass only: ``(2 (|R| + |C|) + K) / 3``
-    channels; gate the gate rows of |R| + |C|, up and down of K; tiers what ``popmm.method.tiers`` says.
+    channels; gate the gate rows of |R| + |C|, up and down of K; tiers what ``popmm.method.tiers`` says. Without a gate
+    there are the first projection's rows and down's columns.
 
     Args:
         passing: channels that pass on average, in place of K.
@@ -88,17 +91,18 @@ def bytes_read(
     """
     weights, k = site.weights(), sizes.budget if passing is None else passing
     row = weights.d_model * (plain or weights.gate.element_size())
+    others = len(weights.matrices) - 1  # of a channel, beside its gate row
     shares = site.active_channels() / sizes.d_ff  # FFNs of this size that a token is sent to
     if sizes.is_dense and site.packed is not None:
         return site.active_bytes()
     if sizes.is_dense:
-        return shares * sizes.d_ff * 3 * row
+        return shares * sizes.d_ff * (1 + others) * row
     if isinstance(sizes, TierSizes):
         return shares * sizes.d_ff * bits_read(sizes, group_of(weights.d_model)) / 8 * weights.d_model
     if config.selection == "gate":
         own = row if config.gate_bits == 16 else gate_row_bytes(weights, config.gate_bits)
-        return shares * (sizes.read * own + k * 2 * row)
-    return shares * (2 * sizes.read + (k if config.selection == "mask" else sizes.read)) * row
+        return shares * (sizes.read * own + k * others * row)
+    return shares * (others * sizes.read + (k if config.selection == "mask" else sizes.read)) * row
 
 
 def channels_computed(site: FFNSite, sizes: RegionSizes, config: PopConfig, passing: float | None = None) -> float:

@@ -13,16 +13,23 @@ ACTIVATIONS = {
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu2": lambda g: F.relu(g).square(),
 }
 
 
-def recognised(combine: Combine, device: torch.device) -> str | None:
-    """The name of the activation if ``combine(g, u)`` is ``act(g) * u`` and nothing else, told by its values."""
+def recognised(combine: Combine, device: torch.device, gated: bool = True) -> str | None:
+    """The name of the activation if ``combine(g, u)`` is ``act(g) * u`` and nothing else, told by its values.
+
+    Args:
+        gated: whether there is an u; without, ``combine(g, None)`` is ``act(g)``.
+    """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         g = torch.linspace(-30, 30, 1201, dtype=torch.float32, device=device)
         u = torch.linspace(40, -3, 1201, dtype=torch.float32, device=device)
-        found: Tensor = combine(g, u)
+        found: Tensor = combine(g, u if gated else None)
         for name, activation in ACTIVATIONS.items():
-            if found.shape == g.shape and torch.allclose(found, activation(g) * u, rtol=1e-5, atol=1e-6):
+            if found.shape == g.shape and torch.allclose(
+                found, activation(g) * (u if gated else 1), rtol=1e-5, atol=1e-6
+            ):
                 return name
     return None

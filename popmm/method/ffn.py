@@ -1,7 +1,8 @@
 """FFN arithmetic: pure functions on tensors, for one FFN or for a stack of experts.
 
 Channels are indices of ``d_ff``. A gated FFN computes ``h = combine(W_gate x, W_up x)`` and
-``y = W_down h``, where ``combine(g, u)`` is ``act(g) * u`` nearly everywhere.
+``y = W_down h``, where ``combine(g, u)`` is ``act(g) * u`` nearly everywhere. An FFN without a gate is one whose ``up``
+is the constant 1: its first projection stands as ``gate``, there is no ``up``, and ``combine(g, None)`` is ``act(g)``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from popmm.kernels.precision import output_dtype
 class FFNWeights(NamedTuple):
     """Weights of one FFN, or of ``E`` experts stacked along a leading dimension."""
 
-    gate: Tensor  # [(E,) d_ff, d_model]
-    up: Tensor  # [(E,) d_ff, d_model]
+    gate: Tensor  # [(E,) d_ff, d_model]; the first projection of an FFN without a gate
+    up: Tensor | None  # [(E,) d_ff, d_model]; None without a gate
     down: Tensor  # [(E,) d_model, d_ff]
     gate_bias: Tensor | None = None  # [(E,) d_ff]
     up_bias: Tensor | None = None  # [(E,) d_ff]
@@ -36,19 +37,33 @@ class FFNWeights(NamedTuple):
     def d_model(self) -> int:
         return self.gate.shape[-1]
 
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Gate, up if there is one, and down."""
+        return tuple(w for w in (self.gate, self.up, self.down) if w is not None)
+
+    def by_channel(self) -> list[Tensor]:
+        """Gate rows, up rows, down columns and the biases there are, detached, ``[(E,) d_ff, ...]`` each."""
+        own = (self.gate, self.up, self.down.mT, self.gate_bias, self.up_bias)
+        return [t.detach() for t in own if t is not None]
+
     def bytes_per_channel(self) -> int:
         """Bytes of one channel: its gate row, its up row, its down column."""
-        return sum(w.element_size() for w in (self.gate, self.up, self.down)) * self.d_model
+        return sum(w.element_size() for w in self.matrices) * self.d_model
 
 
-Combine = Callable[[Tensor, Tensor], Tensor]
+Combine = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def hidden(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:
     """Channel activations h ``[..., d_ff]`` of tokens x ``[..., d_model]``."""
     gate = F.linear(x, weights.gate, weights.gate_bias)
-    up = F.linear(x, weights.up, weights.up_bias)
-    return combine(gate, up)
+    return combine(gate, up_values(x, weights))
+
+
+def up_values(x: Tensor, weights: FFNWeights) -> Tensor | None:
+    """The up projection ``[..., d_ff]``, None without a gate."""
+    return None if weights.up is None else F.linear(x, weights.up, weights.up_bias)
 
 
 def project_down(h: Tensor, weights: FFNWeights) -> Tensor:

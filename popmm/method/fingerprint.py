@@ -24,10 +24,9 @@ IDENTIFYING = 64  # projections that tell one FFN from another
 def fingerprint(weights: FFNWeights) -> list[Tensor]:
     """Marks of gate rows, up rows, down columns and the biases there are, float32 ``[(E,) d_ff]`` each, as they lie."""
     with torch.inference_mode(False), torch.no_grad(), without_autocast(weights.gate.device):
-        vector = _direction(weights.d_model, weights.gate.device)
-        marks = [_of_rows(weights.gate, vector), _of_rows(weights.up, vector), _of_rows(weights.down.mT, vector)]
-        biases = (weights.gate_bias, weights.up_bias)
-        return marks + [b.detach().to(torch.float32, copy=True) for b in biases if b is not None]
+        vector, rows = _direction(weights.d_model, weights.gate.device), weights.by_channel()
+        n = len(weights.matrices)
+        return [_of_rows(w, vector) for w in rows[:n]] + [b.to(torch.float32, copy=True) for b in rows[n:]]
 
 
 def marks_of(weight: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ class Arguments:
     """Reads a decoder's call, whatever way its arguments were given."""
 
     def __init__(self, forward: Callable) -> None:
-        self._signature = inspect.signature(forward)
+        parameters = inspect.signature(forward).parameters.values()
+        positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self._names = tuple(p.name for p in parameters if p.kind in positional)
 
     def __call__(self, args: tuple, kwargs: dict) -> dict[str, Any]:
-        if not args:
-            return kwargs
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        return {**bound, **bound.pop("kwargs", {})}
+        # by hand, for compiled code cannot look into a signature
+        return {**dict(zip(self._names, args)), **kwargs} if args else kwargs
 
 
 def input_shape(arguments: dict[str, Any]) -> tuple[int, int]:

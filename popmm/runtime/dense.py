@@ -1,4 +1,4 @@
-"""Dense gated FFNs of an attached model: they measure the prompt and compute the pruned decode step."""
+"""Dense FFNs of an attached model: they measure the prompt and compute the pruned decode step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PrunedFFN(PrunedSite):
-    """A dense gated FFN under POP. ``forward`` and ``observe`` are wired to the model by ``attach``."""
+    """A dense FFN under POP. ``forward`` and ``observe`` are wired to the model by ``attach``."""
 
     def wire(self, phase: Phase, switches_experts: bool) -> None:
         """Remembers whom to ask for the phase, and the module's own forward."""
@@ -40,16 +40,22 @@ class PrunedFFN(PrunedSite):
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands in for the module's forward: dense at prefill and by itself, pruned at decode."""
+        y = self.instead(x)
+        return self.dense_forward(x) if y is None else y
+
+    def instead(self, x: Tensor) -> Tensor | None:
+        """What is computed in place of the module's own forward; None where that one serves."""
         phase = self.phase
         if not (torch.compiler.is_compiling() or phase.running):
             phase.warn_if_unwired()
-            return self.dense_forward(x)
+            return self._by_planes(x) if self.replaced else None
         if phase.alone is not None and not self.sizes.is_dense:
             return self.mixed(x)
         if not phase.decoding:
-            reads = self.ranking.wants_up and phase.prompt is not None
-            return self.read(x) if reads else self.dense_forward(x)
-        y, passing = (self.dense_forward(x), None) if self.sizes.is_dense else self.decode(x)
+            if phase.prompt is not None and (self.ranking.wants_up or self.replaced):
+                return self.read(x)
+            return self._by_planes(x) if self.replaced else None
+        y, passing = (None, None) if self.sizes.is_dense else self.decode(x)
         if self.trace is not None:
             self.record(x, passing)
         return y
@@ -67,8 +73,7 @@ class PrunedFFN(PrunedSite):
     def _by_planes(self, x: Tensor, measured: bool = False) -> Tensor:
         """The dense FFN of all that the planes hold."""
         weights = self.weights()
-        gate = F.linear(x, weights.gate, weights.gate_bias)
-        up = F.linear(x, weights.up, weights.up_bias)
+        gate, up = F.linear(x, weights.gate, weights.gate_bias), arithmetic.up_values(x, weights)
         h = self.site.combine(gate, up)
         if measured:
             off = self._measure(h, up)
@@ -164,8 +169,7 @@ class PrunedFFN(PrunedSite):
         return self.layout.positions(pruned), mean
 
     def _recompute_up(self) -> Tensor:
-        weights = self.site.read()
-        return F.linear(self._x.detach(), weights.up, weights.up_bias)
+        return arithmetic.up_values(self._x.detach(), self.site.read())
 
     def record(self, x: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels that passed, in the model's own numbers."""

@@ -87,7 +87,7 @@ class PrunedExperts(PrunedSite):
             return self.dense_forward(x, index, weight)
         pruning = self.config.prefill == "pruned" and not (self.sizes.is_dense or prompt.refreshes)
 
-        def observe(h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
+        def observe(h: Tensor, up: Tensor | None, rows: Tensor) -> Tensor:
             """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``."""
             statistics = self._measure(h, up, rows, index, weight)
             return self._without_pruned(h, index.flatten()[rows], statistics) if pruning else h
@@ -96,7 +96,7 @@ class PrunedExperts(PrunedSite):
             rows = self._rows(index.flatten())
 
             def seen(h: Tensor, gate_up: Tensor) -> Tensor:
-                return observe(h, self.site.split(gate_up)[1], rows)
+                return observe(h, None if self.site.split is None else self.site.split(gate_up)[1], rows)
 
             return self._implementation(_Observed(self.site.module, seen), x, index, weight)
         w = self.weights()
@@ -141,7 +141,7 @@ class PrunedExperts(PrunedSite):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _measure(self, h: Tensor, up: Tensor, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
+    def _measure(self, h: Tensor, up: Tensor | None, rows: Tensor, index: Tensor, weight: Tensor) -> JointStatistics:
         prompt = self.phase.prompt
         # a router may send a token that skips its experts to some expert with weight zero
         h, up = h.detach(), up.detach() if self.ranking.wants_up else None
@@ -170,11 +170,11 @@ class PrunedExperts(PrunedSite):
         """h of all (token, choice) pairs ``[n_tokens * k, d_ff]``, in natural order."""
         return self._hidden_and_up(x, index, w)[0]
 
-    def _hidden_and_up(self, x: Tensor, index: Tensor, w: FFNWeights) -> tuple[Tensor, Tensor]:
+    def _hidden_and_up(self, x: Tensor, index: Tensor, w: FFNWeights) -> tuple[Tensor, Tensor | None]:
         experts = index.flatten()
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
         gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
-        up = expert_linear(pairs, w.up, experts, w.up_bias)
+        up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
         return self.site.combine(gate, up), up
 
     @torch.no_grad()
@@ -207,7 +207,10 @@ class PrunedExperts(PrunedSite):
 
 
 class _Observed:
-    """An experts module whose ``_apply_gate`` hands h and its input to an observer and goes on with what it returns."""
+    """An experts module whose h and what it is made of go to an observer, which returns what to go on with.
+
+    They stand in ``_apply_gate``, of experts without a gate in ``act_fn``.
+    """
 
     def __init__(self, module: nn.Module, observe: Callable[[Tensor], Tensor]) -> None:
         self._module, self._observe = module, observe
@@ -217,6 +220,10 @@ class _Observed:
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self._observe(self._module._apply_gate(gate_up), gate_up)
+
+    def act_fn(self, up: Tensor) -> Tensor:
+        h = self._module.act_fn(up)
+        return h if self._module.has_gate else self._observe(h, up)
 
 
 # row orders of h, as the (token, choice) pair behind each row, from flat expert numbers

@@ -106,7 +106,7 @@ def _of(ffn: PrunedSite, shared: set[int]) -> list[nn.Parameter]:
         ValueError: there are none, or others need them too.
     """
     parameters = dict(ffn.site.module.named_parameters())
-    storages = [_storage(w) for w in ffn.site.weights()[:3]]
+    storages = [_storage(w) for w in ffn.site.weights().matrices]
     found = {name: p for name, p in parameters.items() if _storage(p) in storages}
     tied = next((name for name, p in found.items() if id(p) in shared), None)
     if tied is not None:

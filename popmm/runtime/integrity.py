@@ -14,8 +14,11 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 class Integrity:
     """What an FFN's module was made of at attach."""
 
-    def __init__(self, root: nn.Module, name: str, module: nn.Module) -> None:
+    def __init__(
+        self, root: nn.Module, name: str, module: nn.Module, places: dict[str, nn.Module] | None = None
+    ) -> None:
         self.root, self.name, self.module = root, name, module
+        self.places = places or {name: module}  # what stands where in the model
         self.parts = [(inner, id(part), type(part)) for inner, part in module.named_modules()]
         self.forwards = self._forwards()
         self.hooks: set[int] | None = None
@@ -31,12 +34,13 @@ class Integrity:
         Returns:
             Whether hooks have been added to its layers, which see the prompt and not the pruned decode steps.
         """
-        try:
-            found = self.root.get_submodule(self.name)
-        except AttributeError:
-            found = None
-        if found is not self.module:
-            self._refuse(self.name, found)
+        for name, module in self.places.items():
+            try:
+                found = self.root.get_submodule(name)
+            except AttributeError:
+                found = None
+            if found is not module:
+                self._refuse(name, found)
         inside = list(self.module.named_modules())
         if [(inner, id(part), type(part)) for inner, part in inside] != self.parts:
             before = {inner: (identity, kind) for inner, identity, kind in self.parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,12 @@ class Ranking:
     def __init__(self, site: FFNSite, sizes: RegionSizes, config: PopConfig, layout: Layout) -> None:
         self.site, self.sizes, self.config, self.layout = site, sizes, config, layout
         self.score = token_score(config.importance)
-        self._norms: tuple[Tensor, Tensor] | None = None  # of gate rows and up rows, as they lie
+        self._norms: list[Tensor] | None = None  # of gate rows, and of up rows if there are any, as they lie
 
     @property
     def wants_up(self) -> bool:
         """Whether the prompt pass must measure the up projection too."""
-        return self.config.predicts and not self.sizes.is_dense
+        return self.config.predicts and not self.sizes.is_dense and self.site.weights().up is not None
 
     def measured(self, h: Tensor, **how) -> ChannelStatistics:
         """``measure`` of h as it lies."""
@@ -77,8 +78,7 @@ class Ranking:
 
     def prior(self) -> Tensor:
         """A channel's score without a prompt, float32 ``[(E,) d_ff]``: the product of its vectors' norms."""
-        gate, up = self._row_norms()
-        return gate * up * self.layout.by_channel(self.layout.norms)
+        return math.prod(self._row_norms()) * self.layout.by_channel(self.layout.norms)
 
     def up_prior(self) -> Tensor:
         """In place of the up projection's root mean square without a prompt: its rows' norms."""
@@ -90,15 +90,14 @@ class Ranking:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _row_norms(self) -> tuple[Tensor, Tensor]:
+    def _row_norms(self) -> list[Tensor]:
         if self._norms is None:
-            gate, up = row_norms(self.site.read())
-            self._norms = self.layout.by_channel(gate), self.layout.by_channel(up)
+            self._norms = [self.layout.by_channel(norms) for norms in row_norms(self.site.read())]
         return self._norms
 
 
-def row_norms(weights: FFNWeights) -> tuple[Tensor, Tensor]:
-    """Norms of gate rows and up rows, float32 ``[(E,) d_ff]``."""
+def row_norms(weights: FFNWeights) -> list[Tensor]:
+    """Norms of gate rows, and of up rows if there are any, float32 ``[(E,) d_ff]`` each."""
     accumulate = torch.promote_types(weights.gate.dtype, torch.float32)
-    gate, up = (torch.linalg.vector_norm(w.detach(), dim=-1, dtype=accumulate) for w in (weights.gate, weights.up))
-    return gate.to(torch.float32), up.to(torch.float32)
+    rows = [w.detach() for w in (weights.gate, weights.up) if w is not None]
+    return [torch.linalg.vector_norm(w, dim=-1, dtype=accumulate).to(torch.float32) for w in rows]

@@ -155,8 +155,8 @@ class PrunedSite:
             self.partition, self.stale = ranking.split(pooled, statistics.tokens, short), False
             if self.sizes.is_dense:
                 return
-            prompt = (pooled.mean, ranking.up_rms(pooled, short)) if ranking.wants_up else (pooled.mean,)
-            self.layout.write(self.site.weights(), self.partition, *prompt)
+            rms = (ranking.up_rms(pooled, short) if ranking.wants_up else None,) if self.config.predicts else ()
+            self.layout.write(self.site.weights(), self.partition, pooled.mean, *rms)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
@@ -194,7 +194,8 @@ def _origin(kind: str, layout: Layout, source: FFNWeights) -> str:
     if layout.sizes.is_dense:
         return ""
     held = layout.dequantised(source)
-    off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(held[:3], source[:3])]
+    pairs = zip(held.matrices, source.matrices)
+    off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs]
     return f"read from {kind}; rounding it again moves weights by {math.ceil(max(off) * 1000) / 10:.1f}% of their size"
 
 

@@ -75,10 +75,11 @@ def wire(
     switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
     for ffn in ffns:
         ffn.wire(runner.phase, switches_experts)
-        ffn.integrity = Integrity(model, ffn.name, ffn.site.module)
+        ffn.integrity = Integrity(model, ffn.name, ffn.site.module, ffn.site.places)
         overrides += ffn.overrides()
         hooks += ffn.hooks()
-        notes.append(functools.partial(ffn.integrity.installed, None if ffn.site.is_experts else ffn.forward))
+        own = None if ffn.site.is_experts or ffn.site.entry is not None else ffn.forward
+        notes.append(functools.partial(ffn.integrity.installed, own))
     if switches_experts:
         overrides += [Override(module, ON_MODULE, dense_experts(module, runner.phase)) for module in dense_modules]
     forward = phased(decoder, runner, switches_experts)

@@ -116,33 +116,19 @@ def test_two_ffns_of_one_layer_are_both_found_and_its_other_experts_listed():
     "name, message",
     [
         (
-            "gpt2",
-            r"transformer\.h\.0\.mlp \(GPT2MLP\) is an FFN without a gate \(c_fc and c_proj only\).*2 more, to tr",
-        ),
-        ("opt", r"decoder\.layers\.0 \(OPTDecoderLayer\) is an FFN without a gate \(fc1 and fc2 only\)"),
-        ("falcon", r"FFN without a gate \(dense_h_to_4h and dense_4h_to_h only\)"),
-        ("phi", r"layers\.0\.mlp \(PhiMLP\) is an FFN without a gate \(fc1 and fc2 only\)"),
-        ("gpt_neox", r"FFN without a gate \(dense_h_to_4h and dense_4h_to_h only\)"),
-        ("starcoder2", r"\(Starcoder2MLP\) is an FFN without a gate"),
-        ("nanochat", r"\(NanoChatMLP\) is an FFN without a gate"),
-        (
-            "nemotron_h",
-            r"mixer\.experts \(NemotronHExperts\) has experts without a gate.*shared_experts.*without a gate",
-        ),
-        (
             "zamba2",
-            r"feed_forward \(Zamba2MLP\) has the layers of a gated FFN and others beside them \(gate_up_proj_ad",
+            r"feed_forward \(Zamba2MLP\) has the layers of an FFN and others beside them \(gate_up_proj_ad",
         ),
         ("bitnet", r"\(BitNetMLP\) computes a channel from other channels too \(a norm"),
         ("jetmoe", r"\(JetMoeMoE\) holds stacked experts \(input_linear\.weight, output_linear\.weight\)"),
         ("mamba", r"MambaForCausalLM has no FFNs: its layers hold nothing but mixers.*mixer \(MambaMixer\)"),
         (
             "rwkv",
-            r"RwkvFeedForward\) is an FFN without a gate \(key and value widen and narrow, receptance gates no ch",
+            r"RwkvFeedForward\) is an FFN of another form \(key and value widen and narrow, receptance gates no ch",
         ),
     ],
 )
-def test_models_without_a_gated_ffn_are_refused_with_the_true_reason(name, message):
+def test_models_without_an_ffn_of_a_known_form_are_refused_with_the_true_reason(name, message):
     model = build(name)
     for probe in (True, False):
         with pytest.raises(popmm.UnsupportedModelError, match=message) as refusal:
@@ -163,17 +149,33 @@ def test_an_encoder_with_gated_ffns_is_told_as_one():
         describe(model)
 
 
-def test_a_decoder_of_encoder_layers_is_refused_for_its_ffns():
+def test_ffns_in_two_parts_of_a_decoders_layers_are_found():
     config = BertConfig(vocab_size=64, is_decoder=True, **SMALL)
-    message = r"layer\.0 \(BertLayer\) is an FFN without a gate \(intermediate\.dense and output\.dense only\)"
-    with pytest.raises(popmm.UnsupportedModelError, match=message):
-        describe(BertLMHeadModel(config).eval())
     vision = dict(SMALL, image_size=28, patch_size=14)
-    git = GitForCausalLM(GitConfig(vocab_size=64, vision_config=vision, **SMALL)).eval()
-    with pytest.raises(
-        popmm.UnsupportedModelError, match=r"\(GitLayer\) is an FFN without a gate \(intermediate\.dense"
-    ):
-        describe(git)
+    git = GitForCausalLM(GitConfig(vocab_size=64, vision_config=vision, **SMALL))
+    for model, name in ((BertLMHeadModel(config), "bert.encoder.layer.0"), (git, "git.encoder.layer.0")):
+        for probe in (True, False):
+            description = describe(model.eval(), probe=probe)
+            (site,) = description.sites()
+            assert site.name == name and not description.left_out
+            assert description.layers[0].attention_weights == 4 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    "name, sites",
+    [
+        ("gpt2", [f"transformer.h.{i}.mlp" for i in range(3)]),
+        ("opt", ["model.decoder.layers.0"]),
+        ("falcon", ["transformer.h.0.mlp"]),
+        ("phi", ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        ("gpt_neox", ["gpt_neox.layers.0.mlp"]),
+        ("starcoder2", ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        ("nanochat", ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        ("nemotron_h", ["model.layers.0.mixer.experts", "model.layers.0.mixer.shared_experts"]),
+    ],
+)
+def test_ffns_without_a_gate_are_found(name, sites):
+    assert found(name) == (sites, {})
 
 
 def test_models_of_pictures_are_told_as_such():

@@ -44,7 +44,9 @@ def hidden_of_prompt(model, layer, ids):
 
 
 @pytest.mark.parametrize("share", [0.85, 0.7, 0.5])
-@pytest.mark.parametrize("build, name", [(tiny.dense, "llama"), (tiny.moe, "mixtral"), (tiny.moe, "qwen2-moe")])
+@pytest.mark.parametrize(
+    "build, name", [(tiny.dense, "llama"), (tiny.dense, "gpt2"), (tiny.moe, "mixtral"), (tiny.moe, "qwen2-moe")]
+)
 def test_methods_read_the_share_of_bytes_that_they_are_given(build, name, share, calibration):
     model = build(name)
     for method in methods_for(model):
@@ -52,7 +54,8 @@ def test_methods_read_the_share_of_bytes_that_they_are_given(build, name, share,
             continue
         ratio = fit(model, METHODS[method], BASE, share)
         if ratio is None:
-            assert method in ("all re-scored", "TEAL") or "qwen2" in name
+            # all rows of one matrix of two are more than half
+            assert method in ("all re-scored", "TEAL") or "qwen2" in name or (name, method) == ("gpt2", "CATS")
             continue
         state = prepared(model, method, calibration, ffn_ratio=ratio)
         read = share_read(state)
@@ -124,7 +127,9 @@ def test_calibrated_methods_ask_for_calibration_texts(llama):
 
 
 @pytest.mark.parametrize("bits, share", [(8, 0.53), (4, 0.28)])
-@pytest.mark.parametrize("build, name", [(tiny.dense, "llama"), (tiny.moe, "mixtral"), (tiny.moe, "gpt-oss")])
+@pytest.mark.parametrize(
+    "build, name", [(tiny.dense, "llama"), (tiny.dense, "gpt2"), (tiny.moe, "mixtral"), (tiny.moe, "gpt-oss")]
+)
 def test_rounded_weights_come_back(build, name, bits, share):
     model = build(name).bfloat16()
     before = {k: v.clone() for k, v in model.state_dict().items()}

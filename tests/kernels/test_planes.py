@@ -175,6 +175,9 @@ def test_a_whole_ffn_is_made_of_single_products(activation, biased, size, base):
         torch.randn(3, d, generator=generator),
     )
     y, index = kernels.TiersFFN(parts, d_ff, rms, norms, biases, activation, tiers)(first, x)
+    two = [parts[0], None, parts[2]]
+    without_gate, same = kernels.TiersFFN(two, d_ff, rms, norms, biases, activation, tiers)(first, x)
+    assert torch.equal(same, index)
     act = ACTIVATIONS[activation]
     for t in range(3):
         own = slice(int(first[t]), int(first[t]) + d_ff)
@@ -184,7 +187,7 @@ def test_a_whole_ffn_is_made_of_single_products(activation, biased, size, base):
         g = {b: native.planes_dot(parts[0], b, rows, x[t : t + 1])[0] + bias[0] for b in parts[0].precisions}
         u = {b: native.planes_dot(parts[1], b, rows, x[t : t + 1])[0] + bias[1] for b in parts[0].precisions}
         score = (act(g[base]) * rms[which]).abs() * norms[which]
-        expected, place = torch.zeros(d), 0
+        expected, alone, place = torch.zeros(d), torch.zeros(d), 0
         for (bits, n), chosen in zip(tiers, assign(score[None], tiers)):
             mine, place = index[t, place : place + n], place + n
             # the same channels, or others of nearly the same score
@@ -192,6 +195,8 @@ def test_a_whole_ffn_is_made_of_single_products(activation, biased, size, base):
             assert mine.tolist() == sorted(set(mine.tolist()))
             h = (act(g[bits]) * u[bits])[mine][None]
             expected += native.planes_add(parts[2], bits, rows[0][mine][None], h)[0]
+            alone += native.planes_add(parts[2], bits, rows[0][mine][None], act(g[bits])[mine][None])[0]
+        torch.testing.assert_close(without_gate[t], alone, atol=1e-4 * alone.abs().max(), rtol=1e-4)
         torch.testing.assert_close(y[t], expected, atol=1e-4 * expected.abs().max(), rtol=1e-4)
 
 

@@ -16,7 +16,7 @@ CONFIG = popmm.PopConfig(bytes=0.28)
 
 
 def build(name):
-    return tiny.dense(name) if name in tiny.DENSE else tiny.moe(name)
+    return tiny.moe(name) if name in tiny.MOE else tiny.dense(name)
 
 
 def by_hand(site, x, rms, tiers, expert=None):
@@ -91,7 +91,7 @@ def test_bytes_are_told_of_16_bit_weights():
         assert state.buffer_bytes() > 3 * 80 * 32 * 8.5 / 8 * 2
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral", "gpt-oss"])
 def test_compiled_steps_give_the_eager_tokens(name):
     model, compiled = build(name), CompileConfig(fullgraph=True)
     compiled._compile_all_devices = True

@@ -133,11 +133,9 @@ def test_ratio_beyond_95_percent_is_refused_with_the_largest_that_works(llama):
     assert 0.94 < popmm.budget.ffn_ratio(llama, largest) <= 0.95
 
 
-def test_model_without_gated_ffns_is_named():
-    with pytest.raises(
-        popmm.UnsupportedModelError, match=r"layers\.0 \(OPTDecoderLayer\) is an FFN without a gate \(fc1 and fc2"
-    ):
-        popmm.budget.ffn_ratio(OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4), 0.2)
+def test_ffns_without_a_gate_count_two_matrices():
+    config = OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32)
+    assert popmm.budget.ffn_ratio(config, 0.2) == pytest.approx(0.2 * (2 * 64 + 4 * 32) / (2 * 64))
 
 
 @given(

@@ -18,7 +18,7 @@ def batch(model, ids, **more):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **{**HOW, **more})
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "phi3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "phi3", "gemma2", "gpt2", "opt"])
 @pytest.mark.parametrize("n", [2, 5, 20])
 def test_all_rows_read_the_same_channels(name, n):
     model = MODELS[name].build()

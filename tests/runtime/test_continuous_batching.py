@@ -31,7 +31,7 @@ def alone(model, prompt, new=7):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "starcoder2", "qwen3-moe"])
 def test_at_ratio_zero_each_gets_what_it_gets_alone(name):
     model = MODELS[name].build(torch.float64)  # where sums in another order choose the same tokens
     model.set_experts_implementation("eager")
@@ -41,7 +41,7 @@ def test_at_ratio_zero_each_gets_what_it_gets_alone(name):
     assert answers(model, PROMPTS[:4]) == expected[:4]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "starcoder2", "qwen3-moe"])
 def test_decode_tokens_are_pruned(name):
     model = MODELS[name].build()
     with popmm.pruned(model, **STATELESS) as state:
@@ -57,7 +57,7 @@ def test_one_sequence_gets_what_generate_gives():
             assert answers(model, [prompt])[0] == alone(model, prompt)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "starcoder2", "qwen3-moe"])
 def test_a_pass_of_prompts_and_decode_steps(name):
     """Each token as it would be in a pass of its own kind."""
     model = MODELS[name].build()

@@ -40,15 +40,13 @@ def inputs_of(name, n, seed):
 MODELS = {}
 
 
-COMPILED = ["llama", "mixtral", "qwen2-moe", "llava", "qwen2-vl", "qwen3-vl-moe", "gemma3"]
+COMPILED = ["llama", "gpt2", "opt", "mixtral", "qwen2-moe", "llava", "qwen2-vl", "qwen3-vl-moe", "gemma3"]
 
 
 @pytest.mark.parametrize("name, selection", [*itertools.product(COMPILED, ["mask", "gate"]), ("llama", "keep")])
 def test_ten_prompts_of_ten_lengths_compile_once(name, selection):
-    if name in tiny_vlm.VLMS:
-        model = tiny_vlm.build(name)
-    else:
-        model = tiny.dense(name) if name in tiny.DENSE else tiny.moe(name)
+    build = tiny_vlm.build if name in tiny_vlm.VLMS else tiny.moe if name in tiny.MOE else tiny.dense
+    model = build(name)
     MODELS[name] = model
     torch._dynamo.reset()
     graphs = []

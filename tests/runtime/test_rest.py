@@ -8,7 +8,7 @@ from matrix import MODELS, generate
 import popmm
 from popmm.kernels import planes
 
-NAMES = ["llama", "qwen2", "mixtral", "gpt-oss", "deepseek-v3", "llava (pictures)"]  # with biases and without
+NAMES = ["llama", "qwen2", "phi", "mixtral", "gpt-oss", "deepseek-v3", "llava (pictures)"]  # with biases and without
 
 
 @pytest.mark.parametrize("name", NAMES)
