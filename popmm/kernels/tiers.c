@@ -170,8 +170,8 @@ static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int thr
 
 /* y[n, d] of x[n, d]; index[n, K]: the channels read, the best tier first, rising within each.
  *
- * up is NULL where h is the activated gate alone. Rows of token t begin at first[t]; rms, norm and biases (or NULL) are of all rows. Tier i reads count[i] channels in
- * bits[i] bits. Each token chooses by its scores; with votes[n] all choose together, and read the same rows: by the sum of
+ * up is NULL where h is the activated gate alone. Rows of token t begin at first[t]; rms, norm and biases (or NULL) are
+ * of all rows. Tier i reads count[i] channels in bits[i] bits. Each token chooses by its scores; with votes[n] all choose together, and read the same rows: by the sum of
  * their scores' squares, each token's of sum votes[t]. Returns -1, or OUT_OF_MEMORY, or the place of a wrong `first`.
  */
 int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *const *down, int64_t n_rows, int64_t d,

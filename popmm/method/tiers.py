@@ -92,11 +92,13 @@ def tier_sizes(
 ) -> TierSizes:
     """Tiers that read ``share`` of the bytes that the FFN has in 16 bits.
 
-        Args:
-            weight_bits: all channels in so many bits, whatever the share below 1: a quantised FFN that chooses nothing.
-    ba
-        Raises:
-            ValueError: the gate's first plane alone would take the bytes.
+    Args:
+        weight_bits: all channels in so many bits, whatever the share below 1: a quantised FFN that chooses nothing.
+        tokens: how many choose together, and read the same channels.
+        matrices: 3, or 2 of an FFN without a gate, whose first projection stands for it.
+
+    Raises:
+        ValueError: the gate's first plane alone would take the bytes.
     """
     if share >= 1:
         return TierSizes(d_ff, d_ff, d_ff, 0, matrices=matrices)
