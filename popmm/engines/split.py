@@ -1,0 +1,136 @@
+"""An FFN in tiers at two calls, with the engine's own activation between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from popmm import kernels
+from popmm.kernels.twin import group_of
+from popmm.layouts.tiers import TiersLayout
+from popmm.layouts.traffic import LEAST_GROUP
+from popmm.method.activations import ACTIVATIONS
+from popmm.method.ffn import FFNWeights
+from popmm.method.tiers import TierSizes, tier_sizes
+from popmm.runtime.ranking import row_norms
+
+TOLERANCE = {torch.float32: 1e-4}  # of h's size, by which it may differ from act(g) * u; else:
+NARROW_TOLERANCE = 2e-2
+ROWS_TO_TELL = 4  # tokens whose h tells the activation
+
+
+def sizes_of(name: str, d_ff: int, d_model: int, share: float, weight_bits: int | None) -> TierSizes:
+    """Tiers of an FFN, or of each expert.
+
+    Raises:
+        ValueError: d_model cannot be quantised in groups, or the share is too small.
+    """
+    if group_of(d_model) < LEAST_GROUP:
+        raise ValueError(
+            f"{name} has d_model={d_model}, and planes take groups of {LEAST_GROUP} weights or more: give bytes=1"
+        )
+    return tier_sizes(d_ff, share, group_of(d_model), weight_bits)
+
+
+def laid_out(name: str, sizes: TierSizes, source: FFNWeights, combine: Callable) -> TiersLayout:
+    """Weights in planes, channels predicted by the norms of their weights, which needs no prompt."""
+    layout = TiersLayout(sizes, combine, name)
+    layout.allocate(source)
+    layout.rms.copy_(row_norms(source)[1])
+    return layout
+
+
+class SplitFFN:
+    """``gate_up`` chooses channels and computes them, ``down`` reads the same ones.
+
+    Which activation stands between the two is told by what it makes of a dense pass.
+
+    Args:
+        name: of the FFN, for messages.
+        share: of the 16-bit bytes that a token reads.
+        weight_bits: all channels in so many bits instead.
+        together: the tokens of a call choose together and read the same channels; else each chooses for itself.
+    """
+
+    def __init__(self, name: str, share: float, weight_bits: int | None = None, together: bool = True) -> None:
+        self.name, self.share, self.weight_bits, self.together = name, share, weight_bits, together
+        self.layout: TiersLayout | None = None
+        self.activation: str | None = None
+        self.left_dense = ""  # why; empty = it is not
+        self._gate_up: tuple[Tensor, Tensor | None] | None = None  # weights, until both are there
+        self._down: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._chosen: list[tuple[int, Tensor]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether tokens can be computed by chosen channels."""
+        return self.layout is not None and self.activation is not None and not self.left_dense
+
+    @property
+    def settled(self) -> bool:
+        """Whether dense passes have nothing to tell any more."""
+        return bool(self.left_dense) or self.activation is not None or self.layout is None
+
+    def hold_gate_up(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Weights ``[2 * d_ff, d_model]``, gate first, and their bias ``[2 * d_ff]``."""
+        self._gate_up = weight.detach(), None if bias is None else bias.detach()
+        self._lay_out()
+
+    def hold_down(self, weight: Tensor) -> None:
+        """Weights ``[d_model, d_ff]``; a bias is the engine's to add."""
+        self._down = weight.detach()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if self._gate_up is None or self._down is None:
+            return
+        (gate, up), bias = self._gate_up[0].chunk(2), self._gate_up[1]
+        own = (None, None) if bias is None else tuple(half.float() for half in bias.chunk(2))
+        source = FFNWeights(gate, up, self._down, *own)
+        self._gate_up = self._down = None
+        sizes = sizes_of(self.name, source.d_ff, source.d_model, self.share, self.weight_bits)
+        self.layout = laid_out(self.name, sizes, source, self._combine)
+
+    def _combine(self, g: Tensor, u: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation or "silu"](g) * u
+
+    def saw(self, gate_up: Tensor) -> None:
+        """Keeps what gate and up ``[n, 2 * d_ff]`` made of a dense pass."""
+        self._seen = gate_up[:ROWS_TO_TELL].float()  # a copy, for engines reuse memory
+
+    def tell(self, h: Tensor) -> None:
+        """Learns the activation from h ``[n, d_ff]`` of the same pass."""
+        if self._seen is None:
+            return
+        (g, u), own, self._seen = self._seen.chunk(2, dim=-1), h[:ROWS_TO_TELL].float(), None
+        size = own.norm()
+        if not size > 0:
+            return
+        errors = {name: float((act(g) * u - own).norm() / size) for name, act in ACTIVATIONS.items()}
+        name = min(errors, key=errors.get)
+        if errors[name] <= TOLERANCE.get(h.dtype, NARROW_TOLERANCE):
+            self.activation = name
+        else:
+            self.left_dense = f"what stands between its projections is none of {', '.join(ACTIVATIONS)}"
+            self.layout = None
+
+    def gate_up(self, x: Tensor) -> Tensor:
+        """Projections of rows x ``[n, d_model]``: ``[n, 2 * d_ff]`` in the dtype of x, zero where not read."""
+        d_ff = self.layout.sizes.d_ff
+        votes = x.new_ones(len(x), dtype=torch.float32) if self.together and len(x) > 1 else None
+        y, self._chosen = x.new_zeros(len(x), 2 * d_ff), []
+        for bits, index, g, u in self.layout.chosen(x.float(), self._combine, votes=votes):
+            y.scatter_(1, index, g.to(x.dtype)).scatter_(1, index + d_ff, u.to(x.dtype))
+            self._chosen.append((bits, index))
+        return y
+
+    def down(self, h: Tensor) -> Tensor:
+        """y ``[n, d_model]`` in the dtype of h, of h ``[n, d_ff]`` that the activation made of ``gate_up``'s answer."""
+        y = 0.0
+        for bits, index in self._chosen:
+            y = y + kernels.planes_add(self.layout.down, bits, index, h.gather(1, index).float())
+        self._chosen = []
+        return y.to(h.dtype)
