@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from popmm.config import PopConfig
 from popmm.engines.split import SplitFFN
+from popmm.engines.vllm.experts import ExpertsMethod
 from popmm.engines.vllm.passes import by_rows, rows_of_pass
 
 logger = init_logger(__name__)
@@ -78,6 +80,8 @@ class PopmmConfig(QuantizationConfig):
         return cls(**{name: value for name, value in config.items() if name != "quant_method"})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts) and self.share < 1:
+            return ExpertsMethod(layer, prefix, self.share, self.weight_bits)
         if not isinstance(layer, LinearBase):
             return None
         parent, _, name = prefix.rpartition(".")
