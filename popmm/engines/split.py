@@ -52,15 +52,18 @@ class SplitFFN:
         share: of the 16-bit bytes that a token reads.
         weight_bits: all channels in so many bits instead.
         together: the tokens of a call choose together and read the same channels; else each chooses for itself.
+        replaces: the engine frees its own weights, and dense passes read the planes' most bits too.
     """
 
-    def __init__(self, name: str, share: float, weight_bits: int | None = None, together: bool = True) -> None:
-        self.name, self.share, self.weight_bits, self.together = name, share, weight_bits, together
+    def __init__(
+        self, name: str, share: float, weight_bits: int | None = None, together: bool = True, replaces: bool = False
+    ) -> None:
+        self.name, self.share, self.weight_bits = name, share, weight_bits
+        self.together, self.replaces = together, replaces
         self.layout: TiersLayout | None = None
         self.activation: str | None = None
         self.left_dense = ""  # why; empty = it is not
-        self._gate_up: tuple[Tensor, Tensor | None] | None = None  # weights, until both are there
-        self._down: Tensor | None = None
+        self.held: dict[str, tuple[Tensor, Tensor | None]] = {}  # weights and bias, until both parts are there
         self._seen: Tensor | None = None
         self._chosen: list[tuple[int, Tensor]] = []
 
@@ -74,23 +77,19 @@ class SplitFFN:
         """Whether dense passes have nothing to tell any more."""
         return bool(self.left_dense) or self.activation is not None or self.layout is None
 
-    def hold_gate_up(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Weights ``[2 * d_ff, d_model]``, gate first, and their bias ``[2 * d_ff]``."""
-        self._gate_up = weight.detach(), None if bias is None else bias.detach()
-        self._lay_out()
+    def hold(self, part: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes weights, which are laid out once both parts are there.
 
-    def hold_down(self, weight: Tensor) -> None:
-        """Weights ``[d_model, d_ff]``; a bias is the engine's to add."""
-        self._down = weight.detach()
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        if self._gate_up is None or self._down is None:
+        Args:
+            part: ``"gate_up"``, weights ``[2 * d_ff, d_model]``, gate first; or ``"down"``, ``[d_model, d_ff]``.
+            bias: of ``"gate_up"``; that of ``"down"`` is the engine's to add.
+        """
+        self.held[part] = weight.detach(), None if bias is None else bias.detach()
+        if len(self.held) < 2:
             return
-        (gate, up), bias = self._gate_up[0].chunk(2), self._gate_up[1]
-        own = (None, None) if bias is None else tuple(half.float() for half in bias.chunk(2))
-        source = FFNWeights(gate, up, self._down, *own)
-        self._gate_up = self._down = None
+        (both, bias), (down, _) = self.held.pop("gate_up"), self.held.pop("down")
+        biases = (None, None) if bias is None else tuple(half.float() for half in bias.chunk(2))
+        source = FFNWeights(*both.chunk(2), down, *biases)
         sizes = sizes_of(self.name, source.d_ff, source.d_model, self.share, self.weight_bits)
         self.layout = laid_out(self.name, sizes, source, self._combine)
 
@@ -115,7 +114,14 @@ class SplitFFN:
             self.activation = name
         else:
             self.left_dense = f"what stands between its projections is none of {', '.join(ACTIVATIONS)}"
-            self.layout = None
+            self.layout = self.layout if self.replaces else None
+
+    def all_of(self, part: str, dtype: torch.dtype) -> Tensor:
+        """All that the planes hold of ``"gate_up"``, ``[2 * d_ff, d_model]``, or of ``"down"``, ``[d_model, d_ff]``."""
+        layout = self.layout
+        parts = (layout.gate, layout.up) if part == "gate_up" else (layout.down,)
+        rows = [kernels.planes_decode(own, own.precisions[0], dtype) for own in parts]
+        return torch.cat(rows) if part == "gate_up" else rows[0].mT
 
     def gate_up(self, x: Tensor) -> Tensor:
         """Projections of rows x ``[n, d_model]``: ``[n, 2 * d_ff]`` in the dtype of x, zero where not read."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -27,8 +29,9 @@ from popmm.engines.vllm.experts import ExpertsMethod
 from popmm.engines.vllm.passes import by_rows, rows_of_pass
 
 logger = init_logger(__name__)
-SETTINGS = ("bytes", "weight_bits", "together")
+SETTINGS = ("bytes", "weight_bits", "weights", "together")
 GATE_UP, DOWN = ("gate_up_proj",), ("down_proj", "w2")  # names of an FFN's layers in vLLM's models
+SHARED = "shared_expert"  # in the names of experts that see every token, which stay dense as in transformers
 PLAIN_SHARE = 0.5  # with weight_bits, which reads its own share: any below 1
 
 
@@ -37,8 +40,8 @@ class PopmmConfig(QuantizationConfig):
     """Settings of a model, and which of its layers get which method.
 
     Args:
-        settings: ``bytes``, ``weight_bits``, as of ``popmm.PopConfig``; ``together``: decode tokens of a pass choose
-            together (default), or each for itself.
+        settings: ``bytes``, ``weight_bits``, ``weights``, as of ``popmm.PopConfig``; ``together``: decode tokens of a
+            pass choose together (default), or each for itself.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -49,15 +52,14 @@ class PopmmConfig(QuantizationConfig):
         together = settings.pop("together", True)
         if not isinstance(together, bool):
             raise ValueError(f"together={together!r}: give true or false")
-        config = PopConfig(statistics="weights", selection="tiers" if settings else None, **settings)
-        if config.ffn_ratio is None and config.weight_bits is None:
-            raise ValueError("quantization popmm: give bytes (0.33, say) or weight_bits")
-        self.weight_bits, self.together = config.weight_bits, together
+        config = PopConfig(statistics="weights", **settings)
+        self.weight_bits, self.together, self.weights = config.weight_bits, together, config.weights
         self.share = PLAIN_SHARE if config.ffn_ratio is None else 1 - config.ffn_ratio
         self.ffns: dict[str, SplitFFN] = {}
 
     def __repr__(self) -> str:
-        return f"PopmmConfig(share={self.share:.3f}, weight_bits={self.weight_bits}, together={self.together})"
+        how = f"weight_bits={self.weight_bits}, weights={self.weights!r}, together={self.together}"
+        return f"PopmmConfig(share={self.share:.3f}, {how})"
 
     @classmethod
     def get_name(cls) -> str:
@@ -81,11 +83,13 @@ class PopmmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts) and self.share < 1:
+            if self.weights == "replace":
+                logger.warning_once("popmm: weights='replace' frees no experts, whose prompts need them")
             return ExpertsMethod(layer, prefix, self.share, self.weight_bits)
         if not isinstance(layer, LinearBase):
             return None
         parent, _, name = prefix.rpartition(".")
-        if self.share < 1:
+        if self.share < 1 and SHARED not in prefix:
             if name in GATE_UP and isinstance(layer, MergedColumnParallelLinear):
                 return GateUpMethod(self._ffn(parent), prefix)
             if name in DOWN and isinstance(layer, RowParallelLinear):
@@ -93,29 +97,33 @@ class PopmmConfig(QuantizationConfig):
         return UnquantizedLinearMethod()
 
     def _ffn(self, name: str) -> SplitFFN:
-        return self.ffns.setdefault(name, SplitFFN(name, self.share, self.weight_bits, self.together))
+        how = self.share, self.weight_bits, self.together, self.weights == "replace"
+        return self.ffns.setdefault(name, SplitFFN(name, *how))
 
 
 class HalfMethod(LinearMethodBase):
     """One of the two linear layers of an FFN. The weights as they came serve prompts, by vLLM's own method."""
 
+    part: str  # as SplitFFN calls it
+
     def __init__(self, ffn: SplitFFN, prefix: str) -> None:
-        self.ffn, self.prefix, self.plain = ffn, prefix, UnquantizedLinearMethod()
+        vllm_config = get_current_vllm_config()
+        _check(vllm_config)
+        self.ffn, self.plain = ffn, UnquantizedLinearMethod()
         # by this name compiled code finds the layer, as it does vLLM's attention
         self.key = f"popmm.{prefix}"
-        self.layers = get_current_vllm_config().compilation_config.static_forward_context
+        self.layers = vllm_config.compilation_config.static_forward_context
 
     def create_weights(self, layer: nn.Module, *sizes: Any, **how: Any) -> None:
         self.plain.create_weights(layer, *sizes, **how)
         self.layers[self.key] = layer
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.hold(layer)
-        self.plain.process_weights_after_loading(layer)
-
-    def hold(self, layer: nn.Module) -> None:
-        """Gives the FFN the weights of this half."""
-        raise NotImplementedError
+        self.ffn.hold(self.part, layer.weight, getattr(layer, "bias", None))
+        if self.ffn.replaces:
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+        else:
+            self.plain.process_weights_after_loading(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -125,29 +133,56 @@ class HalfMethod(LinearMethodBase):
     def run(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """The layer, each row as what it is."""
         ffn, rows = self.ffn, rows_of_pass()
+        if ffn.layout is None and not ffn.left_dense:
+            self._leave_dense(layer, "only one of its two linear layers was found")
 
         def dense(own: Tensor) -> Tensor:
+            if ffn.replaces and ffn.layout is not None:
+                return F.linear(own, ffn.all_of(self.part, own.dtype), bias)
             return self.plain.apply(layer, own, bias)
 
-        if rows is None or not ffn.ready or x.ndim != 2:
-            return self.observed(x, dense)
-        return by_rows(x, rows, lambda own: self.pruned(own, bias), dense)
+        if rows is not None and ffn.ready and x.ndim == 2:
+            return by_rows(x, rows, lambda own: self.pruned(own, bias), dense)
+        if ffn.settled or x.ndim != 2:
+            return dense(x)
+        return self.observed(x, dense)
 
-    def observed(self, x: Tensor, dense) -> Tensor:
-        return dense(x)
+    def _leave_dense(self, layer: nn.Module, reason: str) -> None:
+        self.ffn.left_dense = reason
+        logger.warning("popmm: %s stays dense: %s", self.ffn.name, reason)
+        if self.ffn.replaces:
+            layer.weight = nn.Parameter(self.ffn.held.pop(self.part)[0], requires_grad=False)
+            self.plain.process_weights_after_loading(layer)
+
+    def observed(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+        """A dense pass that tells the activation."""
+        raise NotImplementedError
+
+    def pruned(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Decode tokens."""
+        raise NotImplementedError
+
+
+def _check(vllm_config: VllmConfig) -> None:
+    """Refuses what would run the layers past their methods."""
+    if vllm_config.lora_config is not None:
+        raise ValueError("quantization popmm reads the channels of the weights as loaded: leave LoRA out")
+    if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        raise ValueError(
+            "quantization popmm tells prompt from decode tokens in every pass, and a CUDA graph repeats what was "
+            """recorded: give --enforce-eager, or --compilation-config '{"cudagraph_mode": "NONE"}'"""
+        )
 
 
 @register_weight_loader_v2_supported_method
 class GateUpMethod(HalfMethod):
     """Chooses each decode token's channels; the projections of the others are zero."""
 
-    def hold(self, layer: nn.Module) -> None:
-        self.ffn.hold_gate_up(layer.weight, getattr(layer, "bias", None))
+    part = "gate_up"
 
-    def observed(self, x: Tensor, dense) -> Tensor:
+    def observed(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
         y = dense(x)
-        if not self.ffn.settled and y.ndim == 2:
-            self.ffn.saw(y)
+        self.ffn.saw(y)
         return y
 
     def pruned(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,14 +193,12 @@ class GateUpMethod(HalfMethod):
 class DownMethod(HalfMethod):
     """Reads the down columns of the channels that were chosen."""
 
-    def hold(self, layer: nn.Module) -> None:
-        self.ffn.hold_down(layer.weight)
+    part = "down"
 
-    def observed(self, x: Tensor, dense) -> Tensor:
-        if not self.ffn.settled and x.ndim == 2:
-            self.ffn.tell(x)
-            if self.ffn.left_dense:
-                logger.warning("popmm: %s stays dense: %s", self.ffn.name, self.ffn.left_dense)
+    def observed(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+        self.ffn.tell(x)
+        if self.ffn.left_dense:
+            logger.warning("popmm: %s stays dense: %s", self.ffn.name, self.ffn.left_dense)
         return dense(x)
 
     def pruned(self, x: Tensor, bias: Tensor | None) -> Tensor:
