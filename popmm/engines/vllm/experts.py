@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -30,6 +32,8 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
         super().__init__(layer.moe_config)
         self.prefix, self.share, self.weight_bits = prefix, share, weight_bits
         self.layout: TiersLayout | None = None
+        self.key = f"popmm.{prefix}"  # by which compiled code finds the layer
+        self.layers = get_current_vllm_config().compilation_config.static_forward_context
 
     @property
     def mk_can_overlap_shared_experts(self) -> bool:
@@ -61,20 +65,28 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
             return "expert and data parallelism are left to vLLM's kernels"
         return ""
 
+    def create_weights(self, layer: RoutedExperts, *sizes: Any, **how: Any) -> None:
+        super().create_weights(layer, *sizes, **how)
+        self.layers[self.key] = layer
+
     def apply(
         self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **named: Any
     ) -> Tensor:
+        """Shared experts are called by vLLM's runner, see ``mk_can_overlap_shared_experts``."""
+        if torch.compiler.is_compiling():  # on the CPU vLLM has no operator of its own around experts
+            return torch.ops.popmm.engine_experts(x, topk_weights, topk_ids, self.key)
+        return self.run(layer, x, topk_weights, topk_ids)
+
+    def run(self, layer: RoutedExperts, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        """Tokens x ``[n, d_model]`` through the experts ``index`` with ``weight``, ``[n, k]`` each."""
+
         def dense(own: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-            routed = dict(layer=layer, x=own, topk_weights=weight, topk_ids=index)
-            return super(ExpertsMethod, self).apply(**routed, shared_experts=None, shared_experts_input=None)
+            return super(ExpertsMethod, self).apply(layer, own, weight, index, None, None)
 
         rows = None if self.layout is None else rows_of_pass()
-        if rows is None:
-            return super().apply(layer, x, topk_weights, topk_ids, *shared, **named)
-        return by_rows(x, rows, self._pruned, dense, topk_weights, topk_ids)
+        return dense(x, weight, index) if rows is None else by_rows(x, rows, self._pruned, dense, weight, index)
 
     def _pruned(self, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """Tokens x ``[n, d_model]`` through the experts ``index`` with ``weight``, ``[n, k]`` each."""
         layout, experts = self.layout, index.flatten().long()
         pairs = x.repeat_interleave(index.shape[1], dim=0)
         y = layout.step(pairs, self._combine, experts)
@@ -86,3 +98,15 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
 def _gated(activation: str):
     act = ACTIVATIONS[activation]
     return lambda g, u: act(g) * u
+
+
+@torch.library.custom_op("popmm::engine_experts", mutates_args=())
+def engine_experts(x: Tensor, weight: Tensor, index: Tensor, key: str) -> Tensor:
+    """What ``torch.compile`` sees of a layer's experts."""
+    layer = get_forward_context().no_compile_layers[key]
+    return layer.quant_method.run(layer, x, weight, index)
+
+
+@engine_experts.register_fake
+def _(x: Tensor, weight: Tensor, index: Tensor, key: str) -> Tensor:
+    return torch.empty_like(x)
