@@ -1,10 +1,12 @@
 """vLLM with the plug-in against popmm in transformers. ``make test-vllm`` runs these, in an environment with vLLM."""
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import popmm
@@ -21,6 +23,7 @@ os.environ |= dict(  # before vLLM reads them
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from popmm.engines.split import SplitFFN
 from popmm.engines.vllm import passes
 from popmm.engines.vllm.quantization import PopmmConfig
 
@@ -57,12 +60,12 @@ def answers(llm, prompts, lengths=None):
     return llm.generate(prompts, [sampling(n) for n in lengths or [TOKENS] * len(prompts)], use_tqdm=False)
 
 
-def reference(name, outputs, config):
+def reference(name, outputs, config=None, change=None):
     """(tokens, log-probabilities ``[n, vocabulary]``) that transformers gives for the same prompts, one by one."""
     model = AutoModelForCausalLM.from_pretrained(zoo.path(name), dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     found = []
-    with popmm.pruned(model, config):
+    with popmm.pruned(model, config) if change is None else change(model):
         for output in outputs:
             ids = torch.tensor([output.prompt_token_ids], dtype=torch.int64, device="cpu")
             how = dict(max_new_tokens=len(output.outputs[0].token_ids), do_sample=False)
@@ -141,14 +144,40 @@ def test_equal_requests_choose_together_what_each_would(engines):
     assert all(off(output, own) < CLOSE for output, own in zip(outputs, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["stories", "stories-moe"])
-def test_each_rank_of_two_chooses_among_its_own_channels(name, engines, monkeypatch):
-    outputs = answers(engines(name, dict(bytes=0.4), tensor_parallel_size=2), PROMPTS)
-    expected = reference(name, outputs, popmm.PopConfig(statistics="weights", bytes=0.4))
-    for output, (tokens, logprobs) in zip(outputs, expected, strict=True):
-        assert output.outputs[0].token_ids[0] == tokens[0]
-        assert 1e-4 < off(output, (tokens, logprobs)) < 0.5  # other channels, as good ones
-    assert sum(list(o.outputs[0].token_ids)[:8] == e[0][:8] for o, e in zip(outputs, expected)) >= 2
+def in_two_halves(mlp, share):
+    """Forward of an FFN of transformers whose decode tokens choose in each half of the channels by itself."""
+    dense, halves = mlp.forward, []
+    for own in torch.arange(mlp.gate_proj.out_features, dtype=torch.int64, device="cpu").chunk(2):
+        halves.append(SplitFFN("half", share))
+        halves[-1].hold("gate_up", torch.cat([mlp.gate_proj.weight[own], mlp.up_proj.weight[own]]), None)
+        halves[-1].hold("down", mlp.down_proj.weight[:, own], None)
+        halves[-1].activation = "silu"
+
+    def one(ffn, x):
+        gate, up = ffn.gate_up(x).chunk(2, dim=-1)
+        return ffn.down(F.silu(gate) * up)
+
+    return lambda x: dense(x) if x.shape[1] > 1 else sum(one(ffn, x[0]) for ffn in halves)[None]
+
+
+def test_each_rank_of_two_chooses_among_its_own_channels(engines):
+    outputs = answers(engines("stories", dict(**TIERS, together=False), tensor_parallel_size=2), PROMPTS)
+
+    def halved(model):
+        for layer in model.model.layers:
+            layer.mlp.forward = in_two_halves(layer.mlp, TIERS["bytes"])
+        return nullcontext()
+
+    for output, expected in zip(outputs, reference("stories", outputs, change=halved), strict=True):
+        assert off(output, expected) < CLOSE
+    whole = reference("stories", outputs, popmm.PopConfig(statistics="weights", **TIERS))
+    assert max(map(off, outputs, whole)) > 0.01  # who choose among all of them choose otherwise
+
+
+def test_experts_on_two_ranks(engines):
+    outputs = answers(engines("stories-moe", dict(weight_bits=8), tensor_parallel_size=2), PROMPTS)
+    expected = reference("stories-moe", outputs, popmm.PopConfig(statistics="weights", weight_bits=8))
+    assert all(off(output, own) < CLOSE for output, own in zip(outputs, expected, strict=True))
 
 
 def test_settings():
