@@ -97,8 +97,10 @@ class PopmmConfig(QuantizationConfig):
         return UnquantizedLinearMethod()
 
     def _ffn(self, name: str) -> SplitFFN:
-        how = self.share, self.weight_bits, self.together, self.weights == "replace"
-        return self.ffns.setdefault(name, SplitFFN(name, *how))
+        if name not in self.ffns:
+            how = self.share, self.weight_bits, self.together, self.weights == "replace"
+            self.ffns[name] = SplitFFN(name, *how)
+        return self.ffns[name]
 
 
 class HalfMethod(LinearMethodBase):
