@@ -21,6 +21,7 @@ os.environ |= dict(  # before vLLM reads them
     VLLM_NO_USAGE_STATS="1",
 )
 from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from popmm.engines.split import SplitFFN
@@ -198,6 +199,12 @@ def test_settings():
 def test_what_would_run_past_the_methods_is_refused(engines):
     with pytest.raises(ValueError, match="leave LoRA out"):
         engines("stories", None, enable_lora=True)
+
+
+def test_cuda_graphs_are_refused():
+    how = SimpleNamespace(cudagraph_mode=CUDAGraphMode.PIECEWISE)
+    with pytest.raises(ValueError, match="give --enforce-eager"):
+        passes.check(SimpleNamespace(lora_config=None, compilation_config=how))
 
 
 def test_rows_of_a_pass():

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from popmm.engines.split import laid_out, sizes_of
-from popmm.engines.vllm.passes import by_rows, rows_of_pass
+from popmm.engines.vllm.passes import by_rows, check, rows_of_pass
 from popmm.layouts.tiers import TiersLayout
 from popmm.method.activations import ACTIVATIONS
 from popmm.method.ffn import FFNWeights
@@ -33,7 +33,9 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
         self.prefix, self.share, self.weight_bits = prefix, share, weight_bits
         self.layout: TiersLayout | None = None
         self.key = f"popmm.{prefix}"  # by which compiled code finds the layer
-        self.layers = get_current_vllm_config().compilation_config.static_forward_context
+        vllm_config = get_current_vllm_config()
+        check(vllm_config)
+        self.layers = vllm_config.compilation_config.static_forward_context
 
     @property
     def mk_can_overlap_shared_experts(self) -> bool:

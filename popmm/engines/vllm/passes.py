@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
@@ -72,3 +73,14 @@ def by_rows(
     if len(others):
         y[others] = dense(x[others], *(t[others] for t in more))
     return y
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuses what would run the layers past their methods."""
+    if vllm_config.lora_config is not None:
+        raise ValueError("quantization popmm reads the channels of the weights as loaded: leave LoRA out")
+    if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        raise ValueError(
+            "quantization popmm tells prompt from decode tokens in every pass, and a CUDA graph repeats what was "
+            """recorded: give --enforce-eager, or --compilation-config '{"cudagraph_mode": "NONE"}'"""
+        )

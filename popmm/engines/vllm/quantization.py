@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -26,7 +26,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from popmm.config import PopConfig
 from popmm.engines.split import SplitFFN
 from popmm.engines.vllm.experts import ExpertsMethod
-from popmm.engines.vllm.passes import by_rows, rows_of_pass
+from popmm.engines.vllm.passes import by_rows, check, rows_of_pass
 
 logger = init_logger(__name__)
 SETTINGS = ("bytes", "weight_bits", "weights", "together")
@@ -110,7 +110,7 @@ class HalfMethod(LinearMethodBase):
 
     def __init__(self, ffn: SplitFFN, prefix: str) -> None:
         vllm_config = get_current_vllm_config()
-        _check(vllm_config)
+        check(vllm_config)
         self.ffn, self.plain = ffn, UnquantizedLinearMethod()
         # by this name compiled code finds the layer, as it does vLLM's attention
         self.key = f"popmm.{prefix}"
@@ -163,17 +163,6 @@ class HalfMethod(LinearMethodBase):
     def pruned(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode tokens."""
         raise NotImplementedError
-
-
-def _check(vllm_config: VllmConfig) -> None:
-    """Refuses what would run the layers past their methods."""
-    if vllm_config.lora_config is not None:
-        raise ValueError("quantization popmm reads the channels of the weights as loaded: leave LoRA out")
-    if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-        raise ValueError(
-            "quantization popmm tells prompt from decode tokens in every pass, and a CUDA graph repeats what was "
-            """recorded: give --enforce-eager, or --compilation-config '{"cudagraph_mode": "NONE"}'"""
-        )
 
 
 @register_weight_loader_v2_supported_method
