@@ -21,8 +21,8 @@ NARROW_TOLERANCE = 2e-2
 ROWS_TO_TELL = 4  # tokens whose h tells the activation
 
 
-def sizes_of(name: str, d_ff: int, d_model: int, share: float, weight_bits: int | None) -> TierSizes:
-    """Tiers of an FFN, or of each expert.
+def sizes_of(name: str, d_ff: int, d_model: int, share: float, weight_bits: int | None, tokens: int = 1) -> TierSizes:
+    """Tiers of an FFN, or of each expert, for so many ``tokens`` that choose together.
 
     Raises:
         ValueError: d_model cannot be quantised in groups, or the share is too small.
@@ -31,12 +31,14 @@ def sizes_of(name: str, d_ff: int, d_model: int, share: float, weight_bits: int 
         raise ValueError(
             f"{name} has d_model={d_model}, and planes take groups of {LEAST_GROUP} weights or more: give bytes=1"
         )
-    return tier_sizes(d_ff, share, group_of(d_model), weight_bits)
+    return tier_sizes(d_ff, share, group_of(d_model), weight_bits, tokens)
 
 
-def laid_out(name: str, sizes: TierSizes, source: FFNWeights, combine: Callable) -> TiersLayout:
+def laid_out(
+    name: str, sizes: TierSizes, several: dict[int, TierSizes], source: FFNWeights, combine: Callable
+) -> TiersLayout:
     """Weights in planes, channels predicted by the norms of their weights, which needs no prompt."""
-    layout = TiersLayout(sizes, combine, name)
+    layout = TiersLayout(sizes, several, combine, name)
     layout.allocate(source)
     layout.rms.copy_(row_norms(source)[1])
     return layout
@@ -52,14 +54,22 @@ class SplitFFN:
         share: of the 16-bit bytes that a token reads.
         weight_bits: all channels in so many bits instead.
         together: the tokens of a call choose together and read the same channels; else each chooses for itself.
+        share_together: in place of ``share`` where several do.
         replaces: the engine frees its own weights, and dense passes read the planes' most bits too.
     """
 
     def __init__(
-        self, name: str, share: float, weight_bits: int | None = None, together: bool = True, replaces: bool = False
+        self,
+        name: str,
+        share: float,
+        weight_bits: int | None = None,
+        together: bool = True,
+        share_together: float | None = None,
+        replaces: bool = False,
     ) -> None:
         self.name, self.share, self.weight_bits = name, share, weight_bits
         self.together, self.replaces = together, replaces
+        self.share_together = share if share_together is None else share_together
         self.layout: TiersLayout | None = None
         self.activation: str | None = None
         self.left_dense = ""  # why; empty = it is not
@@ -90,8 +100,10 @@ class SplitFFN:
         (both, bias), (down, _) = self.held.pop("gate_up"), self.held.pop("down")
         biases = (None, None) if bias is None else tuple(half.float() for half in bias.chunk(2))
         source = FFNWeights(*both.chunk(2), down, *biases)
-        sizes = sizes_of(self.name, source.d_ff, source.d_model, self.share, self.weight_bits)
-        self.layout = laid_out(self.name, sizes, source, self._combine)
+        own = self.name, source.d_ff, source.d_model
+        sizes = sizes_of(*own, self.share, self.weight_bits)
+        several = {2: sizes_of(*own, self.share_together, self.weight_bits, tokens=2)} if self.together else {}
+        self.layout = laid_out(self.name, sizes, several, source, self._combine)
 
     def _combine(self, g: Tensor, u: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation or "silu"](g) * u

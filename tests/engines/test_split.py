@@ -49,7 +49,8 @@ def at_one_call(w, x, activation, share, votes=None, weight_bits=None):
     def combine(g, u):
         return ACTIVATIONS[activation](g) * u
 
-    layout = laid_out("mlp", sizes_of("mlp", D_FF, D_MODEL, share, weight_bits), w, combine)
+    sizes, several = (sizes_of("mlp", D_FF, D_MODEL, share, weight_bits, tokens) for tokens in (1, 2))
+    layout = laid_out("mlp", sizes, {2: several}, w, combine)
     return layout.decode(x, combine, votes=votes)
 
 

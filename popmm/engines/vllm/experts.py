@@ -50,7 +50,7 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
             source = FFNWeights(gate, up, layer.w2_weight.detach())
             sizes = sizes_of(self.prefix, source.d_ff, source.d_model, self.share, self.weight_bits)
             self._combine = _gated(layer.activation.value)
-            self.layout = laid_out(self.prefix, sizes, source, self._combine)
+            self.layout = laid_out(self.prefix, sizes, {}, source, self._combine)
         super().process_weights_after_loading(layer)
 
     def _why_dense(self, layer: RoutedExperts) -> str:
