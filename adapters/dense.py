@@ -26,7 +26,7 @@ from .weights import check_finite, is_machine_failure, why_not_plain
 
 __all__ = ["TOLERANCE", "DenseAdapter"]
 
-QUANTISED_CLOSE = 3 * CLOSE
+QUANTISED_CLOSE = 5 * CLOSE  # two layers one after the other, whose inputs may be 8-bit floats
 
 _OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
 
@@ -160,7 +160,7 @@ def _probe(
     plain_layers = {name: layer for name, layer in layers.items() if packed is None or name not in packed.layers}
     given = {f"{name}.{key}": p for name, layer in plain_layers.items() for key, p in layer.named_parameters()}
     check_finite({name: local(p) for name, p in given.items()})
-    read = {layer: _weight(layer) if packed is None else packed.weight(layer) for layer in layers.values()}
+    read = {layer: _weight(layer) if packed is None else packed.in_its_dtype(layer) for layer in layers.values()}
     views = _views(module, candidates[0].reading, read.__getitem__)
     generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
     x = torch.randn(1, len(SCALES), views.d_model, generator=generator, **plain).to(views.gate.device)

@@ -164,8 +164,8 @@ class PrunedFFN(PrunedSite):
         return self.layout.positions(pruned), mean
 
     def _recompute_up(self) -> Tensor:
-        weights = self.site.read()
-        return F.linear(self._x.detach(), weights.up, weights.up_bias)
+        weights, x = self.site.read(), self._x.detach()
+        return F.linear(x, weights.up.to(x.dtype), weights.up_bias)
 
     def record(self, x: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels that passed, in the model's own numbers."""
