@@ -21,7 +21,7 @@ class BrokenWeightsError(UnsupportedModelError):
 
 
 class PackedWeights(Protocol):
-    """The quantised layers of one FFN, in whatever format."""
+    """The quantised layers of one FFN, or the quantised stacks of its experts, in whatever format."""
 
     kind: str  # the format's name
 
@@ -49,8 +49,8 @@ class FFNSite:
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
-    values: Callable[[], FFNWeights] | None = None  # of quantised layers, dequantised; ``weights`` has shapes alone
-    packed: PackedWeights | None = None  # the quantised layers
+    values: Callable[[], FFNWeights] | None = None  # of quantised ones, dequantised; ``weights`` has shapes alone
+    packed: PackedWeights | None = None  # the quantised layers or stacks
     reduce: Callable[[Tensor], Tensor] | None = None  # sums the outputs of processes that hold some channels each
     processes: int = 1  # that hold its channels; ``weights`` are this one's
     name: str = ""
@@ -76,7 +76,7 @@ class FFNSite:
     def active_bytes(self) -> int:
         """Weight bytes that one token reads."""
         if self.packed is not None:
-            return self.packed.bytes()
+            return self.packed.bytes() * self.top_k // self.n_experts if self.is_experts else self.packed.bytes()
         return self.weights().bytes_per_channel() * self.active_channels()
 
 

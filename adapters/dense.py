@@ -20,13 +20,11 @@ from popmm.method.ffn import FFNWeights, ffn
 from .base import FFNSite, UnsupportedModelError, register
 from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
-from .quantised import CLOSE, Packed, is_quantised
+from .quantised import QUANTISED_CLOSE, Packed, is_quantised
 from .sharded import bias_of_sum, by_channels, is_sharded, local, processes, sum_over_processes, why_not_local
 from .weights import check_finite, is_machine_failure, why_not_plain
 
 __all__ = ["TOLERANCE", "DenseAdapter"]
-
-QUANTISED_CLOSE = 5 * CLOSE  # two layers one after the other, whose inputs may be 8-bit floats
 
 _OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
 

@@ -19,6 +19,7 @@ from .forms import linear_shape
 from .weights import FLOATS, is_machine_failure
 
 CLOSE = 2e-2  # of the largest output: layers round what they are given
+QUANTISED_CLOSE = 5 * CLOSE  # two layers one after the other, whose inputs may be 8-bit floats
 AT_ONCE = 1024  # unit vectors
 
 _REFUSED = "load the model with unquantised weights (no quantization_config), or in another format"
@@ -173,18 +174,19 @@ def packed(layer: nn.Module) -> Iterator[Tensor]:
     own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
     for name, tensor in own:
         if name != "bias":
-            yield from _plain(tensor.data if type(tensor) is nn.Parameter else tensor)
+            yield from packed_tensors(tensor.data if type(tensor) is nn.Parameter else tensor)
     state = vars(getattr(getattr(layer, "weight", None), "quant_state", None) or object).get("absmax")  # bitsandbytes
     if isinstance(state, Tensor):
         yield state
 
 
-def _plain(t: Tensor) -> Iterator[Tensor]:
+def packed_tensors(t: Tensor) -> Iterator[Tensor]:
+    """The plain tensors inside of one that is of some other class, itself if it is plain."""
     if hasattr(t, "__tensor_flatten__") and type(t) is not Tensor:
         for name in t.__tensor_flatten__()[0]:
             inner = getattr(t, name)
             if isinstance(inner, Tensor):
-                yield from _plain(inner)
+                yield from packed_tensors(inner)
     else:
         yield t
 
