@@ -24,6 +24,7 @@ class PackedWeights(Protocol):
     """The quantised layers of one FFN, or the quantised stacks of its experts, in whatever format."""
 
     kind: str  # the format's name
+    one_plane: bool  # whether gate and up came in 4 bits, on grids that one plane holds
 
     def bytes(self) -> int:
         """Memory that their weights take."""

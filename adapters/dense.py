@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from popmm.compat import NOT_PARTS
+from popmm.kernels.grid import on_grid
 from popmm.method.ffn import FFNWeights, ffn
 
 from .base import FFNSite, UnsupportedModelError, register
@@ -178,10 +179,13 @@ def _probe(
         ) from error
     if isinstance(expected, Tensor):
         for found in candidates:
-            ours = ffn(x, _views(module, found.reading, read.__getitem__), found.combine)
+            views = _views(module, found.reading, read.__getitem__)
+            ours = ffn(x, views, found.combine)
             reduce = sum_over_processes(getattr(module, found.reading.down)) if packed is None else None
             ours = ours if reduce is None else reduce(ours)
             if close(ours, expected, tolerance):
+                if packed is not None:
+                    packed.one_plane = on_grid(views.gate) and on_grid(views.up)
                 return found
     raise UnsupportedModelError(
         f"{kind} has the layers of a gated FFN but computes something other than down(act(gate(x)) * up(x)): "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from popmm.compat import default_apply_gate, is_expert_parallel
+from popmm.kernels.grid import on_grid
 from popmm.method.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
@@ -123,6 +124,8 @@ def verify_experts(site: FFNSite) -> None:
         raise UnsupportedModelError(
             f"{kind} computes something other than down(act(gate(x)) * up(x)) per expert: {_OTHER_FORM}"
         )
+    if site.packed is not None:
+        site.packed.one_plane = on_grid(w.gate) and on_grid(w.up)
 
 
 def _views(module: nn.Module, stack: Callable[[str], Tensor] | None = None) -> FFNWeights:

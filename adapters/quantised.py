@@ -204,6 +204,7 @@ class Packed:
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self.layers = layers
+        self.one_plane = False  # until the values are known
         self._dtype = _activations.get()
         self._stand_ins: dict[int, Tensor] = {}
 

@@ -23,6 +23,7 @@ class PackedExperts:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.one_plane = False  # until the values are known
         self.names = [name for name in PROJECTIONS if tells_its_values(module._parameters[name])]
         self._stand_ins: dict[str, Tensor] = {}
 
