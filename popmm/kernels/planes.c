@@ -117,6 +117,7 @@ void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, in
 }
 
 void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, range own) {
+    if (!p->fine) bits = 4;
 #ifdef VECTORS
     if (p->group == 64) {
         BY_BITS(tiles_of, p, first, index, h, k, own.from, own.to, y)
