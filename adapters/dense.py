@@ -22,7 +22,15 @@ from .base import FFNSite, UnsupportedModelError, register
 from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
 from .quantised import QUANTISED_CLOSE, Packed, is_quantised
-from .sharded import bias_of_sum, by_channels, is_sharded, local, processes, sum_over_processes, why_not_local
+from .sharded import (
+    bias_of_sum,
+    by_channels,
+    is_spread,
+    local,
+    processes,
+    sum_over_processes,
+    why_not_local,
+)
 from .weights import check_finite, is_machine_failure, why_not_plain
 
 __all__ = ["TOLERANCE", "DenseAdapter"]
@@ -50,7 +58,7 @@ class DenseAdapter:
             return None
         quantised = {name: layer for name, layer in layers.items() if is_quantised(layer)}
         for name, layer in layers.items():
-            own = why_not_local if is_sharded(getattr(layer, "weight", None)) else why_not_plain
+            own = why_not_local if is_spread(layer) else why_not_plain
             reason = "" if name in quantised else own(layer, name)
             if reason:
                 raise UnsupportedModelError(f"{type(module).__name__} is a gated FFN that cannot be read: {reason}")
@@ -68,7 +76,7 @@ class DenseAdapter:
         reading, combine, factor = candidates[0]
         down, up = getattr(module, reading.down), None if reading.up is None else getattr(module, reading.up)
         reason = by_channels([layer for layer in layers.values() if layer is not down], down)
-        if reason or (is_sharded(down.weight) and reading.up is None):
+        if reason or (is_spread(down) and reading.up is None):
             fused = f"{reading.gate} holds gate and up, of which no process has the same channels"
             raise UnsupportedModelError(f"{type(module).__name__} is spread over processes, and {reason or fused}")
         views = partial(_views, module, reading)
@@ -133,7 +141,7 @@ def _bias(layer: nn.Module) -> Tensor | None:
 
 
 def _bias_of_down(layer: nn.Module) -> Tensor | None:
-    return bias_of_sum(layer) if is_sharded(getattr(layer, "weight", None)) else _bias(layer)
+    return bias_of_sum(layer) if is_spread(layer) else _bias(layer)
 
 
 def _views(module: nn.Module, reading: Reading, weight: Callable[[nn.Module], Tensor] = _weight) -> FFNWeights:
