@@ -21,9 +21,10 @@ class BrokenWeightsError(UnsupportedModelError):
 
 
 class PackedWeights(Protocol):
-    """The quantised layers of one FFN, in whatever format."""
+    """The quantised layers of one FFN, or the quantised stacks of its experts, in whatever format."""
 
     kind: str  # the format's name
+    one_plane: bool  # whether gate and up came in 4 bits, on grids that one plane holds
 
     def bytes(self) -> int:
         """Memory that their weights take."""
@@ -49,8 +50,8 @@ class FFNSite:
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
-    values: Callable[[], FFNWeights] | None = None  # of quantised layers, dequantised; ``weights`` has shapes alone
-    packed: PackedWeights | None = None  # the quantised layers
+    values: Callable[[], FFNWeights] | None = None  # of quantised ones, dequantised; ``weights`` has shapes alone
+    packed: PackedWeights | None = None  # the quantised layers or stacks
     entry: nn.Module | None = None  # the first projection, where no module is called: it is given x, down gives y
     likely: list[Callable] = field(default_factory=list)  # with ``entry``: combinations that are to be verified
     places: dict[str, nn.Module] = field(default_factory=dict)  # with ``entry``: its layers, by their full names
@@ -80,7 +81,7 @@ class FFNSite:
     def active_bytes(self) -> int:
         """Weight bytes that one token reads."""
         if self.packed is not None:
-            return self.packed.bytes()
+            return self.packed.bytes() * self.top_k // self.n_experts if self.is_experts else self.packed.bytes()
         return self.weights().bytes_per_channel() * self.active_channels()
 
 

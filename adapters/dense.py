@@ -16,18 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from popmm.compat import NOT_PARTS
+from popmm.kernels.grid import on_grid
 from popmm.method.ffn import FFNWeights, ffn
 
 from .base import FFNSite, UnsupportedModelError, register
 from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination, form_of
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
-from .quantised import CLOSE, Packed, is_quantised
-from .sharded import bias_of_sum, by_channels, is_sharded, local, processes, sum_over_processes, why_not_local
+from .quantised import QUANTISED_CLOSE, Packed, is_quantised
+from .sharded import bias_of_sum, by_channels, is_spread, local, processes, sum_over_processes, why_not_local
 from .weights import check_finite, is_machine_failure, weight_of, why_not_plain
 
 __all__ = ["TOLERANCE", "DenseAdapter"]
-
-QUANTISED_CLOSE = 3 * CLOSE
 
 _OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
 
@@ -68,7 +67,7 @@ class DenseAdapter:
         reading, combine, factor = candidates[0]
         down = getattr(module, reading.down)
         reason = by_channels([layer for layer in layers.values() if layer is not down], down)
-        if reason or (is_sharded(getattr(down, "weight", None)) and reading.up is None and reading.gated):
+        if reason or (is_spread(down) and reading.up is None and reading.gated):
             fused = f"{reading.gate} holds gate and up, of which no process has the same channels"
             raise UnsupportedModelError(f"{type(module).__name__} is spread over processes, and {reason or fused}")
         site = _site(module, reading, combine, packed)
@@ -90,7 +89,7 @@ def _packed(layers: dict[str, nn.Module], kind: str) -> Packed | None:
     """The quantised ones of an FFN's layers; others must be plain."""
     quantised = {name: layer for name, layer in layers.items() if is_quantised(layer)}
     for name, layer in layers.items():
-        own = why_not_local if is_sharded(getattr(layer, "weight", None)) else why_not_plain
+        own = why_not_local if is_spread(layer) else why_not_plain
         reason = "" if name in quantised else own(layer, name)
         if reason:
             raise UnsupportedModelError(f"{kind} is an FFN that cannot be read: {reason}")
@@ -161,7 +160,7 @@ def _bias(layer: nn.Module) -> Tensor | None:
 
 
 def _bias_of_down(layer: nn.Module) -> Tensor | None:
-    return bias_of_sum(layer) if is_sharded(getattr(layer, "weight", None)) else _bias(layer)
+    return bias_of_sum(layer) if is_spread(layer) else _bias(layer)
 
 
 def _views(module: nn.Module, reading: Reading, weight: Callable[[nn.Module], Tensor] = _weight) -> FFNWeights:
@@ -189,7 +188,7 @@ def _probe(
     plain_layers = {name: layer for name, layer in layers.items() if packed is None or name not in packed.layers}
     given = {f"{name}.{key}": p for name, layer in plain_layers.items() for key, p in layer.named_parameters()}
     check_finite({name: local(p) for name, p in given.items()})
-    read = {layer: _weight(layer) if packed is None else packed.weight(layer) for layer in layers.values()}
+    read = {layer: _weight(layer) if packed is None else packed.in_its_dtype(layer) for layer in layers.values()}
     views = _views(module, candidates[0].reading, read.__getitem__)
     generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
     x = torch.randn(1, len(SCALES), views.d_model, generator=generator, **plain).to(views.gate.device)
@@ -209,10 +208,13 @@ def _probe(
         ) from error
     if isinstance(expected, Tensor):
         for found in candidates:
-            ours = ffn(x, _views(module, found.reading, read.__getitem__), found.combine)
+            views = _views(module, found.reading, read.__getitem__)
+            ours = ffn(x, views, found.combine)
             reduce = sum_over_processes(getattr(module, found.reading.down)) if packed is None else None
             ours = ours if reduce is None else reduce(ours)
             if close(ours, expected, tolerance):
+                if packed is not None:
+                    packed.one_plane = views.up is not None and on_grid(views.gate) and on_grid(views.up)
                 return found
     raise UnsupportedModelError(
         f"{kind} has the layers of {'a gated FFN' if candidates[0].reading.gated else 'an FFN without a gate'} but "

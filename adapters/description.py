@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import torch
 from torch import nn
+
+from popmm.compat import decompress
 
 from .base import (
     BrokenWeightsError,
@@ -28,6 +31,7 @@ from .forms import (
     ungated,
 )
 from .moe import verify_experts
+from .quantised import activations_in
 from .reasons import why_never_decoding, why_nothing
 from .spread import pair_site, verify_pairs
 from .stacks import find_layers
@@ -42,7 +46,8 @@ def describe(model: nn.Module, probe: bool = True, skip_layers: tuple[int, ...] 
     among their layer's ``attention_weights``.
 
     Args:
-        probe: verify each site against its module's own output; needs weights with data, in eval mode.
+        probe: verify each site against its module's own output; needs weights with data, in eval mode. Weights that a
+            first forward would unpack are unpacked now.
         skip_layers: layers that are left dense anyway: nothing in them is verified or listed as left out.
 
     Raises:
@@ -54,10 +59,13 @@ def describe(model: nn.Module, probe: bool = True, skip_layers: tuple[int, ...] 
     if reason:
         raise UnsupportedModelError(reason)
     search = _Search(names, probe)
-    blocks = find_layers(decoder)
-    layers = [search.layer(index, block, index in skip_layers) for index, block in enumerate(blocks)]
     if probe:
-        search.settle(decoder, [layer for layer in layers if layer.index not in skip_layers])
+        decompress(model)
+    blocks = find_layers(decoder)
+    with activations_in(_activations_of(model)):
+        layers = [search.layer(index, block, index in skip_layers) for index, block in enumerate(blocks)]
+        if probe:
+            search.settle(decoder, [layer for layer in layers if layer.index not in skip_layers])
     description = ModelDescription(decoder, names.get(id(decoder), ""), layers, search.left_out)
     if not any(layer.sites for layer in layers):
         types = {name: type(module).__name__ for name, module in model.named_modules() if name in search.every_reason}
@@ -69,6 +77,11 @@ def describe(model: nn.Module, probe: bool = True, skip_layers: tuple[int, ...] 
             len(search.left_out), "s"[: len(search.left_out) > 1], type(model).__name__, name, reason,
         )  # fmt: skip
     return description
+
+
+def _activations_of(model: nn.Module) -> torch.dtype | None:
+    embeddings = model.get_input_embeddings()
+    return getattr(getattr(embeddings, "weight", None), "dtype", None)
 
 
 class _Search:

@@ -6,17 +6,21 @@ interleaved gate and up, transposed or not, with or without biases), so no archi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from popmm.compat import default_apply_gate, is_expert_parallel
+from popmm.kernels.grid import on_grid
 from popmm.method.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
 from .between import TOLERANCE, close
 from .forms import stacked
+from .quantised import QUANTISED_CLOSE
+from .quantised_experts import PROJECTIONS, PackedExperts, tells_its_values
 from .weights import check_finite, is_machine_failure, why_not_readable
 
 _MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -44,7 +48,11 @@ class ExpertsAdapter:
             raise UnsupportedModelError(
                 f"{kind} spreads its experts over devices: load the model without expert parallelism"
             )
+        packed = None
         for name, parameter in module.named_parameters(recurse=False):
+            if name in PROJECTIONS and tells_its_values(parameter):
+                packed = True
+                continue
             reason = "" if parameter.is_meta and type(parameter) is nn.Parameter else why_not_readable(parameter)
             if reason:
                 raise UnsupportedModelError(f"{kind} has experts that cannot be read: {name} {reason}")
@@ -52,9 +60,14 @@ class ExpertsAdapter:
         if missing:
             held = ", ".join(name for name, _ in module.named_parameters(recurse=False))
             raise UnsupportedModelError(f"{kind} has experts without {' and '.join(missing)} ({held}): {_OTHER_FORM}")
+        packed = PackedExperts(module) if packed else None
+        if packed is not None and packed.why_unreadable():
+            raise UnsupportedModelError(f"{kind} has experts that cannot be read: {packed.why_unreadable()}")
         return FFNSite(
             module=module,
-            weights=partial(_views, module),
+            weights=partial(_views, module, packed and packed.stand_in),
+            values=packed and partial(_views, module, packed.read),
+            packed=packed,
             combine=partial(_combine, module),
             split=partial(_split, module, dim=-1) if module.has_gate else None,
             n_experts=module.num_experts,
@@ -72,8 +85,11 @@ def verify_experts(site: FFNSite) -> None:
     """
     from popmm.method.expert_linear import expert_linear
 
-    module, w, kind = site.module, site.weights(), type(site.module).__name__
-    check_finite(dict(module.named_parameters(recurse=False)))
+    module, w, kind = site.module, site.read(), type(site.module).__name__
+    if site.packed is None:
+        check_finite(dict(module.named_parameters(recurse=False)))
+    else:
+        check_finite({"gate_up_proj": w.gate, "down_proj": w.down})
     generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
     x = torch.randn(PROBE_TOKENS, w.d_model, generator=generator, **plain).to(w.gate)
     choice = torch.tensor([range(i, i + site.top_k) for i in range(PROBE_TOKENS)], dtype=torch.int64, device="cpu")
@@ -85,31 +101,41 @@ def verify_experts(site: FFNSite) -> None:
     h = site.combine(expert_linear(pairs, w.gate, experts, w.gate_bias), up)
     y = expert_linear(h, w.down, experts, w.down_bias) * weight.flatten().unsqueeze(-1)
     ours = y.view(PROBE_TOKENS, site.top_k, -1).sum(dim=1).to(x.dtype)
+    tolerance = TOLERANCE.get(x.dtype, 1e-4) if site.packed is None else QUANTISED_CLOSE
     try:
         theirs = module(x, index, weight)
     except Exception as error:
         if is_machine_failure(error):
             raise
+        if site.packed is not None:
+            raise UnsupportedModelError(
+                f"{kind} holds its experts as {site.packed.kind}, which do not run as the model is set "
+                f"({str(error).splitlines()[0]}): model.set_experts_implementation('eager') may help, or load the "
+                "model with unquantised experts"
+            ) from error
         raise UnsupportedModelError(
             f"{kind} looks like stacked experts but does not run on hidden states, expert numbers and router "
             f"weights: {error}"
         ) from error
     form = "down(act(up(x)))" if w.up is None else "down(act(gate(x)) * up(x))"
-    if not isinstance(theirs, Tensor) or not close(ours, theirs, TOLERANCE.get(x.dtype, 1e-4)):
+    if not isinstance(theirs, Tensor) or not close(ours, theirs, tolerance):
         raise UnsupportedModelError(f"{kind} computes something other than {form} per expert: {_OTHER_FORM}")
+    if site.packed is not None:
+        site.packed.one_plane = w.up is not None and on_grid(w.gate) and on_grid(w.up)
 
 
-def _views(module: nn.Module) -> FFNWeights:
-    def rows(w: Tensor) -> Tensor:
+def _views(module: nn.Module, stack: Callable[[str], Tensor] | None = None) -> FFNWeights:
+    def rows(name: str) -> Tensor:
+        w = getattr(module, name) if stack is None else stack(name)
         return w.mT if module.is_transposed else w
 
-    first, gate_bias, up_bias, down_bias = getattr(module, _first(module)), None, None, None
-    gate, up = _split(module, rows(first), dim=-2) if module.has_gate else (rows(first), None)
+    gate_bias = up_bias = down_bias = None
+    gate, up = _split(module, rows(_first(module)), dim=-2) if module.has_gate else (rows(_first(module)), None)
     if module.has_bias:
         bias = getattr(module, f"{_first(module)}_bias")
         gate_bias, up_bias = _split(module, bias, dim=-1) if module.has_gate else (bias, None)
         down_bias = module.down_proj_bias
-    return FFNWeights(gate, up, rows(module.down_proj), gate_bias, up_bias, down_bias)
+    return FFNWeights(gate, up, rows("down_proj"), gate_bias, up_bias, down_bias)
 
 
 def _first(module: nn.Module) -> str:

@@ -1,12 +1,14 @@
 """Linear layers that arrive quantised: their weights are read without knowing the format.
 
-A quantised layer still is ``W x + b``: where its tensor cannot say W (``dequantize``), the layer's own forward does, of
-the unit vectors. Both are verified against the layer on random vectors.
+A quantised layer still is ``W x + b``: where neither its tensor nor the layer can say W (``dequantize``), its own
+forward does, of the unit vectors. All are verified against the layer on random vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,32 @@ from .forms import linear_shape
 from .weights import FLOATS, is_machine_failure
 
 CLOSE = 2e-2  # of the largest output: layers round what they are given
+QUANTISED_CLOSE = 5 * CLOSE  # two layers one after the other, whose inputs may be 8-bit floats
 AT_ONCE = 1024  # unit vectors
 
 _REFUSED = "load the model with unquantised weights (no quantization_config), or in another format"
+_COMPUTES = "dequantize", "dequantize_weight"  # what layers of hqq and gptqmodel call it
+
+# some layers repack their weights for the dtype of the first input that they are given, so that it must be the model's
+_activations: ContextVar[torch.dtype | None] = ContextVar("dtype of a model's activations", default=None)
+
+
+@contextmanager
+def activations_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, layers are read by inputs of this dtype; None: of the likeliest in which they run."""
+    token = _activations.set(dtype if dtype in FLOATS else None)
+    try:
+        yield
+    finally:
+        _activations.reset(token)
 
 
 def is_quantised(layer: nn.Module) -> bool:
     """Whether a linear layer keeps its weights in some packed form."""
     if hasattr(layer, "base_layer") or parametrize.is_parametrized(layer) or linear_shape(layer) is None:
         return False
+    if _by_compressed_tensors(layer):
+        return True
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return any(t.dtype not in FLOATS for t in (*layer.parameters(False), *layer.buffers(False)))
@@ -41,68 +60,100 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def kind_of(layer: nn.Module) -> str:
     """What to call a quantised layer's form."""
+    if _by_compressed_tensors(layer):
+        return "compressed-tensors layer"
     weight = getattr(layer, "weight", None)
     data = weight.data if type(weight) is nn.Parameter else weight
-    plain = data is None or type(data) in (Tensor, nn.Parameter)
+    plain = not isinstance(data, Tensor) or type(data) in (Tensor, nn.Parameter)
     return type(layer).__name__ if plain else type(data).__name__
 
 
+def _by_compressed_tensors(layer: nn.Module) -> bool:
+    """Whether a layer rounds its weights, and maybe its inputs, in a forward that the library has put on it."""
+    return hasattr(layer, "quantization_scheme") and "forward" in vars(layer)
+
+
 @torch.no_grad()
-def dequantised(layer: nn.Module, name: str) -> Tensor:
-    """The weights ``[out, in]`` that a layer computes with, in the dtype in which it answers.
+def dequantised(layer: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights ``[out, in]`` that a layer computes with, in the dtype in which it or its package tells them.
+
+    Args:
+        dtype: in which it is given inputs; None: the likeliest in which it runs.
 
     Raises:
         UnsupportedModelError: they cannot be told.
     """
     inputs, outputs = linear_shape(layer)
-    found = _by_its_tensor(layer)
-    if found is not None and tuple(found.shape) == (outputs, inputs) and _answers_by(layer, found):
-        return found
-    found = _by_unit_vectors(layer, name, inputs)
-    if not _answers_by(layer, found):
+    dtype = dtype or _first_that_runs(layer, name, inputs)
+    for told in _told(layer):
+        for found in (told, told.mT) if told.ndim == 2 else ():
+            if tuple(found.shape) == (outputs, inputs) and _answers_by(layer, found, name, dtype):
+                return found.contiguous()
+    device = next(packed(layer)).device
+    unit = torch.eye(inputs, dtype=dtype, device=device)
+    rows = [_without_bias(layer, _run(layer, part, name)) for part in unit.split(AT_ONCE)]
+    found = torch.cat(rows).mT.contiguous()
+    if not _answers_by(layer, found, name, dtype):
         raise UnsupportedModelError(
             f"{name} is a {kind_of(layer)}, whose answers are not those of the weights it can be read as: {_REFUSED}"
         )
     return found
 
 
-def _answers_by(layer: nn.Module, weights: Tensor) -> bool:
-    """Whether a layer's answers to random vectors are those of these weights."""
-    plain = dict(dtype=torch.float32, device="cpu")
-    x = torch.randn(4, weights.shape[1], generator=torch.Generator("cpu").manual_seed(0), **plain).to(weights)
-    expected, ours = _without_bias(layer, layer(x)).float(), x.float() @ weights.float().mT
-    return bool(torch.isfinite(ours).all() and (ours - expected).abs().max() <= CLOSE * expected.abs().max())
-
-
-def _by_its_tensor(layer: nn.Module) -> Tensor | None:
+def _told(layer: nn.Module) -> Iterator[Tensor]:
+    """What a layer's tensor, or its class, says of its weights."""
     weight = getattr(layer, "weight", None)
     data = weight.data if type(weight) is nn.Parameter else weight
-    if not isinstance(data, Tensor) or type(data) in (Tensor, nn.Parameter):
-        return None
-    try:
-        found = data.dequantize()
-    except Exception as error:
-        if is_machine_failure(error):
-            raise
-        return None
-    return found if type(found) is Tensor and found.dtype in FLOATS else None
-
-
-def _by_unit_vectors(layer: nn.Module, name: str, inputs: int) -> Tensor:
-    errors = []
-    for dtype in _dtypes(layer):
+    if type(data) in (Tensor, nn.Parameter):
+        found = [lambda: data.detach()]
+    else:
+        found = [data.dequantize] if isinstance(data, Tensor) else []
+        found += [getattr(layer, name) for name in _COMPUTES if callable(getattr(layer, name, None))]
+    for compute in found:
         try:
-            device = next(iter(packed(layer))).device
-            unit = torch.eye(inputs, dtype=dtype, device=device)
-            rows = [_without_bias(layer, layer(part)) for part in unit.split(AT_ONCE)]
-            return torch.cat(rows).mT.contiguous()
+            told = compute()
         except Exception as error:
             if is_machine_failure(error):
                 raise
-            errors.append(f"{type(error).__name__}: {error}")
-    raise UnsupportedModelError(
-        f"{name} is a {kind_of(layer)} that does not run here ({errors[0].splitlines()[0]}): {_REFUSED}"
-    )
+            continue
+        if type(told) is Tensor and told.dtype in FLOATS:
+            yield told
+
+
+def _answers_by(layer: nn.Module, weights: Tensor, name: str, dtype: torch.dtype) -> bool:
+    """Whether a layer's answers to random vectors are those of these weights.
+
+    Their numbers are powers of two, which layers that round their inputs, to integers or to floats, hardly move.
+    """
+    generator, shape = torch.Generator("cpu").manual_seed(0), (4, weights.shape[1])
+    size = torch.randint(-2, 1, shape, generator=generator, dtype=torch.int64, device="cpu").float().exp2()
+    sign = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
+    x = (size * sign).to(dtype=dtype, device=weights.device)
+    expected, ours = _without_bias(layer, _run(layer, x, name)).float(), x.float() @ weights.float().mT
+    return bool(torch.isfinite(ours).all() and (ours - expected).abs().max() <= CLOSE * expected.abs().max())
+
+
+def _run(layer: nn.Module, x: Tensor, name: str) -> Tensor:
+    try:
+        return layer(x)
+    except Exception as error:
+        if is_machine_failure(error):
+            raise
+        said = next(iter(str(error).splitlines()), "")
+        raise UnsupportedModelError(
+            f"{name} is a {kind_of(layer)} that does not run here ({type(error).__name__}: {said}): {_REFUSED}"
+        ) from error
+
+
+def _first_that_runs(layer: nn.Module, name: str, inputs: int) -> torch.dtype:
+    device, errors = next(packed(layer)).device, []
+    for dtype in _dtypes(layer):
+        try:
+            _run(layer, torch.zeros(1, inputs, dtype=dtype, device=device), name)
+            return dtype
+        except UnsupportedModelError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _dtypes(layer: nn.Module) -> list[torch.dtype]:
@@ -123,18 +174,19 @@ def packed(layer: nn.Module) -> Iterator[Tensor]:
     own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
     for name, tensor in own:
         if name != "bias":
-            yield from _plain(tensor.data if type(tensor) is nn.Parameter else tensor)
+            yield from packed_tensors(tensor.data if type(tensor) is nn.Parameter else tensor)
     state = vars(getattr(getattr(layer, "weight", None), "quant_state", None) or object).get("absmax")  # bitsandbytes
     if isinstance(state, Tensor):
         yield state
 
 
-def _plain(t: Tensor) -> Iterator[Tensor]:
+def packed_tensors(t: Tensor) -> Iterator[Tensor]:
+    """The plain tensors inside of one that is of some other class, itself if it is plain."""
     if hasattr(t, "__tensor_flatten__") and type(t) is not Tensor:
         for name in t.__tensor_flatten__()[0]:
             inner = getattr(t, name)
             if isinstance(inner, Tensor):
-                yield from _plain(inner)
+                yield from packed_tensors(inner)
     else:
         yield t
 
@@ -152,6 +204,8 @@ class Packed:
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self.layers = layers
+        self.one_plane = False  # until the values are known
+        self._dtype = _activations.get()
         self._stand_ins: dict[int, Tensor] = {}
 
     @property
@@ -169,14 +223,19 @@ class Packed:
         name = next((name for name, own in self.layers.items() if own is layer), None)
         if name is None:
             return layer.weight
-        found = dequantised(layer, name)
+        found = dequantised(layer, name, self._dtype)
         if id(layer) not in self._stand_ins:  # of the shape, and holding nothing
-            nothing = torch.full((1, 1), torch.nan, dtype=found.dtype, device=found.device)
+            nothing = torch.full((1, 1), torch.nan, dtype=self._dtype or found.dtype, device=found.device)
             self._stand_ins[id(layer)] = nothing.expand(found.shape)
         return found
 
+    def in_its_dtype(self, layer: nn.Module) -> Tensor:
+        """A layer's weights in the dtype in which it answers."""
+        found = self.weight(layer)
+        return found.to(self.stand_in(layer).dtype)
+
     def stand_in(self, layer: nn.Module) -> Tensor:
-        """Shape, dtype and device of a layer's weights, without values."""
+        """Shape and device of a layer's weights, and the dtype in which it answers, without values."""
         if layer not in self.layers.values():
             return layer.weight
         if id(layer) not in self._stand_ins:

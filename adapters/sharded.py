@@ -17,6 +17,11 @@ def is_sharded(weight: Tensor | None) -> bool:
     return type(weight).__name__ == "DTensor"
 
 
+def is_spread(layer: nn.Module) -> bool:
+    """The same of a layer's weight; packed layers have none."""
+    return is_sharded(getattr(layer, "weight", None))
+
+
 def local(weight: Tensor | None) -> Tensor | None:
     """What this process holds of a weight."""
     return weight.detach().to_local() if is_sharded(weight) else weight
@@ -37,7 +42,7 @@ def why_not_local(linear: nn.Module, name: str) -> str:
 
 def by_channels(widening: list[nn.Module], down: nn.Module) -> str:
     """Why the layers of an FFN do not hold the same channels in each process; empty if they do."""
-    spread = [is_sharded(getattr(layer, "weight", None)) for layer in (*widening, down)]
+    spread = [is_spread(layer) for layer in (*widening, down)]
     if not any(spread):
         return ""
     dims = [getattr(layer.weight, "placements", [None])[0] for layer in (*widening, down)]
@@ -48,14 +53,14 @@ def by_channels(widening: list[nn.Module], down: nn.Module) -> str:
 def bias_of_sum(down: nn.Module) -> Tensor | None:
     """The bias that this process adds before the sum over processes: the first one adds it for all."""
     bias = getattr(down, "bias", None)
-    if not is_sharded(getattr(down, "weight", None)):
+    if not is_spread(down):
         return bias
     return local(bias) if dist.get_rank(_group(down)) == 0 else None
 
 
 def sum_over_processes(down: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What makes the output of the parts that processes compute; None where this process computes it all."""
-    if not is_sharded(getattr(down, "weight", None)):
+    if not is_spread(down):
         return None
     group = _group(down)
 
@@ -69,7 +74,7 @@ def sum_over_processes(down: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def processes(down: nn.Module) -> int:
     """How many hold the channels of an FFN."""
-    return dist.get_world_size(_group(down)) if is_sharded(getattr(down, "weight", None)) else 1
+    return dist.get_world_size(_group(down)) if is_spread(down) else 1
 
 
 def _group(layer: nn.Module):

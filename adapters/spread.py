@@ -19,7 +19,7 @@ from .base import FFNSite, UnsupportedModelError
 from .between import SCALES, TOLERANCE, Reading, activate, close, samples
 from .dense import INLINE, activations_of, described
 from .forms import linear_shape
-from .sharded import is_sharded
+from .sharded import is_spread
 from .weights import check_finite, is_machine_failure
 
 READING = Reading("first", None, "down", gated=False)
@@ -44,7 +44,7 @@ def pair_site(block: nn.Module, names: tuple[str, str], probe: bool) -> FFNSite:
     """
     first, down = (block.get_submodule(name) for name in names)
     layers = dict(zip(names, (first, down)))
-    if any(is_sharded(getattr(layer, "weight", None)) for layer in layers.values()):
+    if any(map(is_spread, layers.values())):
         raise UnsupportedModelError(_said(names, "is spread over processes, and is no module by itself"))
     if probe:
         check_finite({f"{name}.{key}": p for name, own in layers.items() for key, p in own.named_parameters()})

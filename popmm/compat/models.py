@@ -50,6 +50,14 @@ def device_map(model: nn.Module) -> set[str]:
     return {str(device) for device in getattr(model, "hf_device_map", {}).values()}
 
 
+def decompress(model: nn.Module) -> None:
+    """Unpacks a model whose weights compressed-tensors would unpack, for good, at its first forward."""
+    for module in list(model.modules()):
+        handle = getattr(module, "ct_decompress_hook", None)
+        if handle is not None:
+            module._forward_pre_hooks[handle.id](module, ())
+
+
 def load_again(model: nn.Module) -> nn.Module:
     """The same model, read once more from the files that it came from, on the CPU.
 

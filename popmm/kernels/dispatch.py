@@ -125,11 +125,9 @@ ops["block_dot"].register_fake(lambda matrices, x, block: x.new_empty(len(x), ma
 ops["quantised_dot"].register_fake(lambda codes, scale, x, bits, group, block, n_rows: x.new_empty(len(x), n_rows))
 ops["planes_dot"].register_fake(lambda rows, bits, index, x: x.new_empty(index.shape, dtype=torch.float32))
 ops["planes_linear"].register_fake(lambda rows, bits, x: x.new_empty(len(x), len(rows[0]), dtype=torch.float32))
-ops["planes_add"].register_fake(
-    lambda rows, bits, index, h: h.new_empty(len(h), 4 * rows[1].shape[1], dtype=torch.float32)
-)
+ops["planes_add"].register_fake(lambda rows, bits, index, h: h.new_empty(len(h), Planes(*rows).d, dtype=torch.float32))
 ops["planes_decode"].register_fake(
-    lambda rows, bits, dtype: rows[0].new_empty(len(rows[1]), 4 * rows[1].shape[1], dtype=dtype)
+    lambda rows, bits, dtype: rows[0].new_empty(len(rows[1]), Planes(*rows).d, dtype=dtype)
 )
 ops["tiers_ffn"].register_fake(
     lambda parts, d_ff, rms, norms, gate_bias, up_bias, activation, bits, counts, first, x, votes: (

@@ -131,7 +131,7 @@ def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
 
 
 def planes_decode(rows: Planes, bits: int, dtype: torch.dtype) -> Tensor:
-    planes, n_rows, d = _planes(rows, bits)
+    planes, n_rows, d = _planes(rows, min(bits, rows.precisions[0]))
     out = torch.empty(n_rows, d, dtype=dtype, device="cpu")
     library().planes_decode(*planes, dtype is torch.bfloat16, _p(out), torch.get_num_threads())
     return out
@@ -162,8 +162,8 @@ class TiersFFN:
             raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in there]} are no FFNs of d_ff={d_ff}")
         bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
         if (
-            not 0 < len(tiers) <= len(parts[0].precisions)
-            or any(b not in parts[0].precisions for b in bits)
+            not 0 < len(tiers) <= len(parts[-1].precisions)
+            or any(b not in parts[-1].precisions for b in bits)
             or min(counts) < 0
             or not 0 < sum(counts) <= d_ff
         ):
@@ -240,9 +240,9 @@ def _rows(rows: Tensor, name: str, ndim: int) -> tuple[int, int]:
 
 def _planes(rows: Planes, bits: int) -> tuple[tuple[int, ...], int, int]:
     """Addresses and sizes of nested planes, their number of rows and d."""
-    (n_rows, quarter), base = rows.fine.shape, base_of(bits)
-    d, groups = 4 * quarter, rows.scale.shape[-1]
-    shapes = [(n_rows, base * d // 8), (n_rows, d // 4), (n_rows, d // 4), (n_rows, groups)]
+    n_rows, d, base = len(rows.fine), rows.d, base_of(bits)
+    groups, quarter = rows.scale.shape[-1], rows.fine.shape[1] and d // 4
+    shapes = [(n_rows, base * d // 8), (n_rows, quarter), (n_rows, quarter), (n_rows, groups)]
     kinds = [torch.uint8] * 3 + [torch.float16]
     right = bits in MIDDLE and all(
         t.shape == s and t.dtype is k and t.is_contiguous() and t.is_cpu for t, s, k in zip(rows, shapes, kinds)
@@ -293,7 +293,7 @@ def _addresses(rows: Planes) -> ctypes.Array:
 
 
 def _p(t: Tensor) -> int:
-    address = t.data_ptr()
+    address = t.data_ptr() if t.numel() else 0
     if not address and t.numel():
         raise ValueError(f"a tensor of shape {tuple(t.shape)} has no memory ({type(t).__name__})")
     return address

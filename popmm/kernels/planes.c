@@ -106,6 +106,7 @@ static inline __attribute__((always_inline)) void tiles_of(int bits, const plane
 
 void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, float *out,
               range own) {
+    if (!p->fine) bits = 4; /* rows of one plane */
 #ifdef VECTORS
     if (p->group == 64) {
         BY_BITS(dots_of, p, first, index, own.from, own.to, k, x, out)
@@ -116,6 +117,7 @@ void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, in
 }
 
 void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, range own) {
+    if (!p->fine) bits = 4;
 #ifdef VECTORS
     if (p->group == 64) {
         BY_BITS(tiles_of, p, first, index, h, k, own.from, own.to, y)

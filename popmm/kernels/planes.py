@@ -29,7 +29,7 @@ def base_of(bits: int) -> int:
 
 
 class Planes(NamedTuple):
-    """Rows ``[n, d]``."""
+    """Rows ``[n, d]``. Those in one plane of 4 bits are read in these, whatever is asked; the other two are empty."""
 
     # codes, counted from 0. 4 bits: uint8 [n, d / 2], the first half of a group in the low nibbles. 3 bits: uint8
     # [n, 3 d / 8], of each group the upper two bits in the order of `fine`, then the last one, weight i in byte i / 8
@@ -40,7 +40,7 @@ class Planes(NamedTuple):
 
     @property
     def d(self) -> int:
-        return 4 * self.fine.shape[1]
+        return 4 * self.fine.shape[1] or 2 * self.base.shape[1]
 
     @property
     def group(self) -> int:
@@ -51,10 +51,10 @@ class Planes(NamedTuple):
         return 8 * self.base.shape[1] // self.d
 
     @property
-    def precisions(self) -> tuple[int, int, int]:
+    def precisions(self) -> tuple[int, ...]:
         """Bits in which these rows can be read, the best first."""
         base = self.base_bits
-        return base + 4, base + 2, base
+        return (base + 4, base + 2, base) if self.fine.shape[1] else (base,)
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self)
@@ -78,12 +78,14 @@ def _encode(rows: Tensor, base_bits: int) -> Planes:
     value = parts / scale.float().unsqueeze(-1)
     cell = ((value - code + 0.5) * 16).floor().clamp_(0, 15).to(torch.uint8)
     u = (code + 2 ** (base_bits - 1)).to(torch.uint8)
-    if base_bits == 4:
-        low, high = u.chunk(2, dim=-1)
-        base = low | (high << 4)
-    else:
-        base = torch.cat([_packed(u >> 1, 4), _last_bits(u & 1)], dim=-1)
-    return Planes(base.flatten(1), _packed(cell >> 2, 4).flatten(1), _packed(cell & 3, 4).flatten(1), scale)
+    base = packed_codes(u) if base_bits == 4 else torch.cat([_packed(u >> 1, 4), _last_bits(u & 1)], dim=-1).flatten(1)
+    return Planes(base, _packed(cell >> 2, 4).flatten(1), _packed(cell & 3, 4).flatten(1), scale)
+
+
+def packed_codes(u: Tensor) -> Tensor:
+    """4-bit codes, counted from 0, of groups ``[n, groups, group]`` as the base of planes."""
+    low, high = u.chunk(2, dim=-1)
+    return (low | (high << 4)).flatten(1)
 
 
 def rounded(rows: Tensor, bits: int, group: int) -> Tensor:
@@ -129,6 +131,7 @@ def _last_bits(bits: Tensor) -> Tensor:
 def decode(planes: Planes, bits: int) -> Tensor:
     """Rows as they are read in so many bits, float32 ``[n, d]``."""
     groups, group, base_bits = planes.scale.shape[1], planes.group, planes.base_bits
+    bits = min(bits, planes.precisions[0])
     base = planes.base.unflatten(1, (groups, -1))
     if base_bits == 4:
         u = _unpacked(base, 2)

@@ -186,6 +186,7 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
     tiers of = {n_tiers, 0, bits, count};
     for (int64_t i = 0; i < n_tiers; i++) of.all += count[i];
     const int base = base_bits((int)bits[0]);
+    const int most = g.fine ? 8 : base; /* bits of the gate's rows: those of one plane are read once */
     const int chooses = !(of.n == 1 && of.all == d_ff);
     const int64_t m = votes ? n : 1;
     memory own;
@@ -200,7 +201,7 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
             const part whose = {omp_get_thread_num(), omp_get_num_threads()};
             const range own_rows = share(d_ff, 4, whose);
             const int64_t low = own_rows.from, high = own_rows.to;
-            if (chooses || bits[0] == base) {
+            if (chooses || bits[0] == base || most == base) {
                 for (int64_t r = low, step = m > 1 ? TOGETHER : high - low; r < high; r += step)
                     for (int64_t t = 0; t < m; t++)
                         rows_dot(&g, base, from, NULL, d_ff, own.x + t, own.values + t * d_ff,
@@ -250,20 +251,20 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
                     for (int64_t t = 0; t < m; t++) {
                         const range few = {r, r + step < ours.to ? r + step : ours.to};
                         if (up) rows_dot(&u, (int)bits[i], from, mine, count[i], own.x + t, own.h + t * d_ff + at, few);
-                        if (bits[i] > base)
+                        if (bits[i] > base && most > base)
                             rows_dot(&g, (int)bits[i], from, mine, count[i], own.x + t, own.gates + t * d_ff + at, few);
                     }
                 for (int64_t t = 0; t < m; t++) {
                     float *const h = own.h + t * d_ff + at, *const gates = own.gates + t * d_ff + at;
                     const float *const values = own.values + t * d_ff;
-                    if (bits[i] > base) {
+                    if (bits[i] > base && most > base) {
                         if (gate_bias)
                             for (int64_t j = ours.from; j < ours.to; j++) gates[j] += gate_bias[from + mine[j]];
                         activate(gates, ours.from, ours.to, activation);
                     }
                     for (int64_t j = ours.from; j < ours.to; j++) {
                         const float factor = up ? h[j] + (up_bias ? up_bias[from + mine[j]] : 0) : 1;
-                        h[j] = (bits[i] == base ? values[mine[j]] : gates[j]) * factor;
+                        h[j] = (bits[i] == base || most == base ? values[mine[j]] : gates[j]) * factor;
                     }
                 }
             }

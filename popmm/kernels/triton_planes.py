@@ -110,6 +110,7 @@ def _add(
 
 
 def _coding(rows: Planes, bits: int) -> dict:
+    bits = min(bits, rows.precisions[0])
     return dict(MIDDLE=MIDDLE[bits], CELLS=2 ** (bits - rows.base_bits), BITS=bits, QUARTER=rows.group // 4)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from popmm import kernels
 from popmm.kernels import planes
+from popmm.kernels.grid import encode_grid
 from popmm.kernels.planes import Planes
 from popmm.kernels.precision import without_autocast
 from popmm.kernels.twin import check_finite
@@ -23,6 +24,7 @@ from popmm.method.activations import recognised
 from popmm.method.expert_linear import expert_linear
 from popmm.method.ffn import Combine, FFNWeights, down_norm, identities
 from popmm.method.fingerprint import fingerprint
+from popmm.method.one_plane import OnePlaneSizes
 from popmm.method.partition import FFNPartition
 from popmm.method.tiers import TierSizes, assign, together
 
@@ -52,7 +54,7 @@ class TiersLayout(ChannelsStay):
 
     def dequantised(self, source: FFNWeights) -> FFNWeights:
         """All that the planes hold of the weights, in the shapes and the dtype of ``source``."""
-        most, dtype, shape = self.gate.precisions[0], source.down.dtype, source.gate.shape
+        most, dtype, shape = self.down.precisions[0], source.down.dtype, source.gate.shape
         gate, up, down = (
             None if part is None else kernels.planes_decode(part, most, dtype).view(shape)
             for part in (self.gate, self.up, self.down)
@@ -104,6 +106,8 @@ class TiersLayout(ChannelsStay):
         """Of experts one after the other, for their float32 copies are large."""
         stack = rows.detach() if rows.ndim == 3 else rows.detach().unsqueeze(0)
         check_finite(stack, f"{self.site} holds {part}", "selection='gate' with gate_bits=16")
+        if part != "down" and isinstance(self.sizes, OnePlaneSizes):
+            return Planes(*map(torch.cat, zip(*map(encode_grid, stack))))
         return Planes(*map(torch.cat, zip(*(planes.encode(own, self.sizes.base) for own in stack))))
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor | None) -> None:
@@ -162,7 +166,7 @@ class TiersLayout(ChannelsStay):
                 score, sizes = together(score, votes).expand(len(x), -1), self.sizes_of(len(x))
             for (bits, _), index in zip(sizes.tiers, assign(score, sizes.tiers)):
                 rows, own, u = first + index, g.gather(1, index), None
-                if bits > self.sizes.base:
+                if min(bits, self.gate.precisions[0]) > self.sizes.base:
                     own = _with(kernels.planes_dot(self.gate, bits, rows, x), self.gate_bias, experts, index)
                 if self.up is not None:
                     u = _with(kernels.planes_dot(self.up, bits, rows, x), self.up_bias, experts, index)
@@ -212,7 +216,7 @@ class TiersLayout(ChannelsStay):
             read, y = torch.zeros_like(g, dtype=torch.bool), x.new_zeros(x.shape)
             for (bits, _), index in zip(sizes.tiers, places):
                 own = g
-                if bits > self.sizes.base:
+                if min(bits, self.gate.precisions[0]) > self.sizes.base:
                     own = _with(self._product(self.gate, bits, x, experts), self.gate_bias, experts)
                 u = None
                 if self.up is not None:

@@ -8,8 +8,10 @@ from popmm.adapters import FFNSite
 from popmm.config import DEFAULT_BYTES, DEFAULT_BYTES_TOGETHER, PopConfig
 from popmm.kernels.twin import group_of
 from popmm.layouts.gate import gate_row_bytes
+from popmm.method import one_plane, tiers
 from popmm.method.budget import RegionSizes, gate_sizes, region_sizes
-from popmm.method.tiers import TierSizes, bits_read, tier_sizes
+from popmm.method.one_plane import one_plane_sizes
+from popmm.method.tiers import TierSizes, tier_sizes
 
 BEST_OF_EIGHT = 0.75  # K / d_ff from which 8 bits serve better than 4 (measured on four models, docs/quality.md)
 
@@ -50,6 +52,8 @@ def sizes_for(
             f"{what} quantises groups of 16 weights or more, and {site.name} has d_model={weights.d_model}, which 16 "
             "does not divide: give selection='gate' with gate_bits=16"
         )
+    if config.selection == "tiers" and site.packed is not None and site.packed.one_plane:
+        return one_plane_sizes(weights.d_ff, 1 - ratio, group, config.weight_bits)
     if config.selection == "tiers":
         matrices = len(weights.matrices)
         return tier_sizes(weights.d_ff, 1 - ratio, group, config.weight_bits, tokens, matrices)
@@ -98,6 +102,7 @@ def bytes_read(
     if sizes.is_dense:
         return shares * sizes.d_ff * (1 + others) * row
     if isinstance(sizes, TierSizes):
+        bits_read = one_plane.bits_read if isinstance(sizes, one_plane.OnePlaneSizes) else tiers.bits_read
         return shares * sizes.d_ff * bits_read(sizes, group_of(weights.d_model)) / 8 * weights.d_model
     if config.selection == "gate":
         own = row if config.gate_bits == 16 else gate_row_bytes(weights, config.gate_bits)

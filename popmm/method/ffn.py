@@ -62,8 +62,8 @@ def hidden(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:
 
 
 def up_values(x: Tensor, weights: FFNWeights) -> Tensor | None:
-    """The up projection ``[..., d_ff]``, None without a gate."""
-    return None if weights.up is None else F.linear(x, weights.up, weights.up_bias)
+    """The up projection ``[..., d_ff]`` in the dtype of x, None without a gate."""
+    return None if weights.up is None else F.linear(x, weights.up.to(x.dtype), weights.up_bias)
 
 
 def project_down(h: Tensor, weights: FFNWeights) -> Tensor:

@@ -77,7 +77,7 @@ class PrunedExperts(PrunedSite):
             if self.trace is not None:
                 self.record(index, None)
         elif self.phase.prompt is not None:
-            h, up = self._hidden_and_up(x, index, self.site.weights())
+            h, up = self._hidden_and_up(x, index, self.site.read())
             self._measure(h, up, _natural(index.flatten()), index, weight)
 
     def prefill(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class PrunedExperts(PrunedSite):
         from flat expert numbers to the (token, choice) pair behind each row, or None if h must be
         computed a second time.
         """
-        w, here = self.site.weights(), dict(dtype=torch.int64, device="cpu")
+        w, here = self.site.read(), dict(dtype=torch.int64, device="cpu")
         generator, n_tokens = torch.Generator("cpu").manual_seed(0), 4
         x = torch.randn(n_tokens, w.d_model, generator=generator, dtype=torch.float32, device="cpu").to(w.gate)
         # falling expert numbers, so that no two row orders look alike

@@ -15,6 +15,7 @@ from popmm.method import ffn as arithmetic
 from popmm.method.budget import RegionSizes
 from popmm.method.fingerprint import IDENTIFYING
 from popmm.method.modality import JointStatistics
+from popmm.method.one_plane import OnePlaneSizes
 from popmm.method.partition import FFNPartition
 from popmm.runtime.integrity import Integrity
 from popmm.runtime.ranking import Ranking
@@ -196,7 +197,15 @@ def _origin(kind: str, layout: Layout, source: FFNWeights) -> str:
     held = layout.dequantised(source)
     pairs = zip(held.matrices, source.matrices)
     off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs]
-    return f"read from {kind}; rounding it again moves weights by {math.ceil(max(off) * 1000) / 10:.1f}% of their size"
+    if isinstance(layout.sizes, OnePlaneSizes):
+        as_they_came = f"gate and up lie in 4 bits as they came (to {_percent(max(off[:2]), 2)})"
+        return f"read from {kind}; {as_they_came}, rounding down again moves it by {_percent(off[2])} of its size"
+    return f"read from {kind}; rounding it again moves weights by {_percent(max(off))} of their size"
+
+
+def _percent(part: float, digits: int = 1) -> str:
+    """Rounded up."""
+    return f"{math.ceil(part * 100 * 10**digits) / 10**digits:.{digits}f}%"
 
 
 def _note(read: int, tokens: int) -> str:
