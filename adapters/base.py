@@ -21,9 +21,10 @@ class BrokenWeightsError(UnsupportedModelError):
 
 
 class PackedWeights(Protocol):
-    """The quantised layers of one FFN, in whatever format."""
+    """The layers of one FFN whose weights are not there as a tensor: quantised in whatever format, or adapted."""
 
     kind: str  # the format's name
+    exact: bool  # whether they are read as they are: adapters, and no format
 
     def bytes(self) -> int:
         """Memory that their weights take."""
@@ -49,8 +50,8 @@ class FFNSite:
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
-    values: Callable[[], FFNWeights] | None = None  # of quantised layers, dequantised; ``weights`` has shapes alone
-    packed: PackedWeights | None = None  # the quantised layers
+    values: Callable[[], FFNWeights] | None = None  # of packed layers, computed; ``weights`` has shapes alone
+    packed: PackedWeights | None = None  # quantised layers, and ones with adapters
     entry: nn.Module | None = None  # the first projection, where no module is called: it is given x, down gives y
     likely: list[Callable] = field(default_factory=list)  # with ``entry``: combinations that are to be verified
     places: dict[str, nn.Module] = field(default_factory=dict)  # with ``entry``: its layers, by their full names
