@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .base import UnsupportedModelError
 from .between import TOLERANCE
-from .forms import linear_shape
+from .forms import base_of, linear_shape
 from .weights import FLOATS, is_machine_failure
 
 AT_ONCE = 1024  # unit vectors
@@ -22,7 +22,7 @@ _ADVICE = "merge it first, merge_and_unload()"
 
 def is_adapted(layer: nn.Module) -> bool:
     """Whether a linear layer is another one with adapters around it."""
-    return hasattr(layer, "base_layer") and linear_shape(layer) is not None
+    return base_of(layer) is not None and linear_shape(layer) is not None
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -75,8 +75,8 @@ def answer_of(layer: nn.Module) -> bytes:
 
 def _like(layer: nn.Module) -> Tensor | None:
     """A weight of the dtype and device of a layer's inputs."""
-    while hasattr(layer, "base_layer"):
-        layer = layer.base_layer
+    while base_of(layer) is not None:
+        layer = base_of(layer)
     weight = getattr(layer, "weight", None)
     return weight if isinstance(weight, Tensor) and weight.dtype in FLOATS else None
 

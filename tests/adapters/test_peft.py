@@ -127,6 +127,21 @@ def test_adapters_are_switched_scaled_trained_and_turned_off_between_prompts(set
     assert not torch.allclose(changed, alone["other"], atol=1e-3)
 
 
+def test_a_projection_that_is_trained_as_a_whole_decodes_as_its_copy():
+    model = adapted(["q_proj"], modules_to_save=["up_proj"])
+    found = pruned_logits(model, SELECTIONS["mask"])
+    torch.testing.assert_close(found, pruned_logits(model.merge_and_unload(), SELECTIONS["mask"]))
+
+
+def test_adapters_on_stacked_experts_leave_them_dense_until_they_are_merged():
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+    model = randomised(get_peft_model(tiny.moe("mixtral"), settings), "default", 1)
+    with pytest.raises(popmm.UnsupportedModelError, match=r"weights of MixtralExperts anew .*merge_and_unload\(\)"):
+        describe(model)
+    assert len(list(describe(model.merge_and_unload()).sites())) == 2
+
+
 def test_the_summary_says_that_weights_are_read_through_adapters():
     model = adapted(["up_proj"])
     with popmm.pruned(model, **SELECTIONS["mask"]) as state:
