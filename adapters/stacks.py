@@ -54,8 +54,8 @@ def beside(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[nn.Module, nn
     """FFNs of a model's other decoders, stacks of blocks with a cache of their own, each with its decoder."""
     inside = {id(part) for part in decoder.modules()}
     seen: set[int] = set()
-    for module in model.modules():
-        if id(module) in inside or not _takes_cache(module):
+    for name, module in model.named_modules():
+        if id(module) in inside or _OTHER_MODALITY.search(name) or not _takes_cache(module):
             continue
         for child in module.children():
             blocks = child if isinstance(child, nn.ModuleList) and id(child) not in inside else ()

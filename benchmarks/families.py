@@ -5,10 +5,10 @@
     python benchmarks/families.py --markdown docs/models.md  # writes the page anew; some families: their rows alone
     python benchmarks/families.py --compare docs/models.md   # exits with 1 where the page says something else
 
-Each family is built tiny and random from its default configuration (small_families.py) and attached with tiers, gate and
-mask: greedy decoding must count one prompt, every further token as pruned and none as dense; nothing pruned must give
-the dense logits bit for bit; detach must give every byte back. The FFNs that are there are counted without popmm
-(ffn_count.py). Families run in processes of their own, with a time limit each.
+Each family is built tiny and random from its default configuration (small_families.py) and attached with tiers, gate
+and mask: greedy decoding must count one prompt, every further token as pruned and none as dense; nothing pruned must
+give the dense logits bit for bit; detach must give every byte back. The FFNs that are there are counted without popmm
+(ffn_count.py). Two processes work through the families, with a time limit for each.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class CheckFailed(Exception):
 
 def survey(family: str) -> dict:
     """One family's row."""
+    from ffn_count import count_ffns
     from popmm.adapters import UnsupportedModelError, describe
-    from small_families import D_MODEL, families, small_model
+    from small_families import D_MODEL, small_model
 
     import popmm
 
@@ -50,20 +51,15 @@ def survey(family: str) -> dict:
     try:
         model = small_model(family)
     except (Exception, TimeoutError) as error:
-        model_class = families()[family]._model_mapping
-        return {**row, "reason": f"{type(error).__name__}: {_line(error)}", "kind": _mapping(model_class)}
+        return {**row, "reason": f"its small configuration does not build ({type(error).__name__}: {_line(error)})"}
     row |= dict(model=type(model).__name__, kind=_kind(model))
     try:
         description = describe(model)
     except UnsupportedModelError as error:
-        from ffn_count import count_ffns
-
         present, _ = count_ffns(model, D_MODEL, set(), lambda name: False)
         return {**row, "present": len(present), "status": REFUSED, "reason": _line(error)}
     sites = {site.name: site for site in description.sites()}
     left_out = description.left_out
-    from ffn_count import count_ffns
-
     present, missed = count_ffns(
         model, D_MODEL, set(sites), lambda name: any(f"{name}.".startswith(f"{left}.") for left in left_out)
     )
@@ -145,12 +141,9 @@ def _kind(model) -> str:
     return ", ".join(parts)
 
 
-def _mapping(mapping) -> str:
-    return ""
-
-
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text.rpartition("Class validation error for validator ")[2].partition(": ValueError: ")[2] or text
 
 
 def _work() -> None:
@@ -250,13 +243,11 @@ def main() -> None:
     wrong = [name for name in args.families if name not in every]
     if wrong:
         parser.error(f"{', '.join(wrong)}: not in transformers' mappings of decoders")
-    rows = survey_all(
-        args.families or every,
-        args.processes,
-        lambda row: print(
-            f"{row['family']}: {row['status']}, {row['sites']} of {row['present']}: {row['reason']}", flush=True
-        ),
-    )
+
+    def tell(row: dict) -> None:
+        print(f"{row['family']}: {row['status']}, {row['sites']} of {row['present']}: {row['reason']}", flush=True)
+
+    rows = survey_all(args.families or every, args.processes, tell)
     counts = Counter(row["status"] for row in rows)
     print(f"\n{len(rows)} families in {time.perf_counter() - start:.0f} s: {dict(counts)}")
     if args.markdown is not None:

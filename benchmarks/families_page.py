@@ -8,6 +8,30 @@ from pathlib import Path
 COLUMNS = ("family", "model", "kind", "sites", "present", "status", "reason")
 _HEAD = "| family | model | kind | found | present | status | why |"
 
+PAGE = """\
+# Models
+
+What popmm does with every model type of transformers' mappings for causal, image-text-to-text and multimodal language
+models. Written by `python benchmarks/families.py --markdown docs/models.md` ({versions});
+`make test-all` does the same again and compares.
+
+**{total} model types: {built} built, {attached} attached.** {outcome}.
+Of the {present} FFNs of the attached ones {sites} are pruned.
+
+- **passed**: a tiny random model of the family was attached with tiers, gate and mask. Of each greedy decoding one pass
+  was the prompt, every further token was pruned and none was dense; with nothing pruned the logits were the dense
+  model's, bit for bit; after detach every weight had its bytes again.
+- **passed, some FFNs dense**: the same; the FFNs named in the last column stay dense, and `summary()` says so.
+- **attached, not run**: attach and detach passed; the tiny model itself generates nothing from text alone.
+- **refused**: `attach` raises `UnsupportedModelError` with the sentence in the last column, and leaves the model as it
+  was.
+- **not built**: no tiny model could be made from the family's defaults here; nothing is known of popmm.
+
+*Present* are the FFNs that a count without popmm's adapters sees (`benchmarks/ffn_count.py`): modules with two weights
+from d_model to something wider and back, that compute each token by itself. About one layer of each kind is built, so
+these are not a real model's numbers.
+"""
+
 
 def write(file: Path, rows: list[dict]) -> None:
     """Writes the page."""
@@ -15,36 +39,20 @@ def write(file: Path, rows: list[dict]) -> None:
     import transformers
 
     counts = Counter(row["status"] for row in rows)
-    sites, present = (sum(row[key] for row in rows) for key in ("sites", "present"))
     built = len(rows) - counts["not built"]
     attached = built - counts["refused"]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
-    lines = [
-        "# Models",
-        "",
-        "What popmm does with every model type of transformers' mappings for causal, image-text-to-text and multimodal",
-        f"language models. Written by `python benchmarks/families.py --markdown docs/models.md` ({versions}); `make test-all`",
-        "compares it with what it finds.",
-        "",
-        f"**{len(rows)} model types: {built} built, {attached} attached.** "
-        + ", ".join(f"{n} {status}" for status, n in counts.most_common())
-        + f". FFNs of the attached ones: {_attached(rows, 'sites')} pruned of {_attached(rows, 'present')}.",
-        "",
-        "- **passed**: a tiny random model of the family was attached with tiers, gate and mask; of each greedy decoding one pass was",
-        "  the prompt, every further token was pruned and none was dense; with nothing pruned the logits were the dense model's, bit for",
-        "  bit; after detach every weight had its bytes again.",
-        "- **passed, some FFNs dense**: the same, and the FFNs named in the last column stay dense.",
-        "- **attached, not run**: attach and detach passed; the family's model generates nothing from text alone.",
-        "- **refused**: `attach` raises `UnsupportedModelError` with the sentence in the last column, and leaves the model as it was.",
-        "- **not built**: the tiny model could not be made from the family's defaults; nothing is known of popmm.",
-        "",
-        "*Present* are the FFNs that a count without popmm sees (`benchmarks/ffn_count.py`): modules that hold two weights from d_model to",
-        "something wider and back, and compute each token by itself. Two or so layers of each kind are built, so these are not the real",
-        "models' numbers.",
-        "",
-        _HEAD,
-        "|" + "---|" * len(COLUMNS),
-    ]
+    outcome = ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    text = PAGE.format(
+        versions=versions,
+        total=len(rows),
+        built=built,
+        attached=attached,
+        outcome=outcome,
+        sites=_attached(rows, "sites"),
+        present=_attached(rows, "present"),
+    )
+    lines = [text, _HEAD, "|" + "---|" * len(COLUMNS)]
     for row in rows:
         lines.append("| " + " | ".join(_cell(row[column]) for column in COLUMNS) + " |")
     file.write_text("\n".join(lines) + "\n")

@@ -6,12 +6,14 @@ wider and back, and if what it does to a token does not depend on other tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 _NO_LAYERS = (nn.Embedding, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RNNBase)
+_OF_OTHER_MODALITY = re.compile(r"vision|visual|image|video|audio|speech|sound|qformer|resampler|encoder\\.")
 PROMPT = 7
 
 
@@ -27,12 +29,15 @@ def count_ffns(
     """
     owners = [name for name, module in model.named_modules() if _is_pair(_shapes(module), d_model)]
     owners += [name for name in _spread(model, d_model) if not any(o.startswith(f"{name}.") for o in owners)]
-    calls = _calls(model, [name for name in owners if name not in known])
+    calls, ran = _calls(model, [name for name in owners if name not in known])
     present, missed = [], []
     for name in owners:
         if name in known or accounted(name):
             present.append(name)
-        elif name in calls and _is_an_ffn(model.get_submodule(name), *calls[name]):
+        elif name not in calls:
+            if not ran and not _OF_OTHER_MODALITY.search(name):  # nobody knows: it is counted
+                present.append(name)
+        elif _is_an_ffn(model.get_submodule(name), *calls[name]):
             present.append(name)
             missed.append(name)
     return present, missed
@@ -72,9 +77,9 @@ def _spread(model: nn.Module, d_model: int) -> Iterator[str]:
                 yield f"{name}.{i}"
 
 
-def _calls(model: nn.Module, names: list[str]) -> dict[str, tuple]:
-    """Arguments of the last call of each module while the model reads a prompt; those not called are left out."""
-    seen, hooks = {}, []
+def _calls(model: nn.Module, names: list[str]) -> tuple[dict[str, tuple], bool]:
+    """Arguments of the last call of each module while the model reads a prompt, and whether it read it to the end."""
+    seen, hooks, ran = {}, [], True
     for name in names:
 
         def keep(module, args, kwargs, name=name) -> None:
@@ -86,11 +91,11 @@ def _calls(model: nn.Module, names: list[str]) -> dict[str, tuple]:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     except Exception:
-        pass  # what was called before it failed has been seen
+        ran = False
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return seen, ran
 
 
 @torch.no_grad()

@@ -22,59 +22,38 @@ MAPPINGS = {
 VOCAB, D_MODEL, HEADS, HEAD_DIM, LAYERS, EXPERTS = 160, 32, 4, 8, 2, 4
 D_FF, D_FF_EXPERT, D_FF_SHARED = 80, 48, 112
 
-# field names, whole: what an integer of that name becomes, at most
-SIZES: list[tuple[str, int]] = [
-    (r"(.*_)?vocab_size(_per_layer_input)?|n_vocab", VOCAB),
-    (r"codebook_size", 128),
-    (r"rotary_dim|hidden_size_per_layer_input", HEAD_DIM),
-    (
-        r"moe_ffn_dim|(moe|expert|routed_expert)_?(ffn_)?(intermediate|hidden)_(size|dim)|expert_ffn_hidden_size",
-        D_FF_EXPERT,
-    ),
-    (
-        r"(moe_)?shared_(experts?_)?(intermediate_size|dim)|share_expert_dim|shared_experts_intermediate_size|moe_shared_expert_intermediate_size",
-        D_FF_SHARED,
-    ),
-    (
-        r"(.*_)?intermediate_(size|dim|size_mlp)|(.*_)?(ffn|mlp|ff)_(dim|hidden_size|hidden_dim)|n_inner|d_ff|d_inner|ffn_hidden|inner_dim",
-        D_FF,
-    ),
-    (r"(num_)?(q_|query_)?lora_rank|q_lora_rank|kv_lora_rank|o_lora_rank|.*_low_rank_dim|low_rank.*|.*_(low)?rank", 16),
-    (r"(.*_)?qk_rope_head_dim|(.*_)?qk_nope_head_dim|(.*_)?v_head_dim|qk_head_dim", HEAD_DIM),
-    (r"(.*_)?(head_dim|d_head|kv_channels|head_size|attention_head_dim|headdim|d_kv|qkv_dim)", HEAD_DIM),
-    (r"(.*_)?(num_key_value_heads|num_kv_heads|kv_heads|n_kv_heads|kv_n_heads|multi_query_group_num|n_head_kv)", 2),
-    (
-        r"(.*_)?(attention_heads|n_head|num_heads|n_heads|heads|head|head_num|attention_head|key_heads|value_heads)",
-        HEADS,
-    ),
-    (r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth|num_blocks|layers)", LAYERS),
-    (r"(moe_)?(n_|num_)(local_|routed_)?experts|moe_num_experts|ffn_num_experts", EXPERTS),
-    (
-        r"(num_)?(experts_per_tok(en)?|selected_experts)|moe_topk|moe_k|top_k_experts|moe_top_k|topk|num_experts_per_tok",
-        2,
-    ),
-    (r"n_group|topk_group|num_expert_group|n_shared_experts|moe_num_shared_experts|num_shared_experts", 1),
-    (
-        r"(.*_)?(hidden_(size|dim|dims)|d_model|n_embd|embed_dim|embedding_size|embedding_dim|model_dim|dim|lru_width|word_embed_proj_dim|embed_dims|"
-        r"attention_hidden_size|projection_dim|d_ssm|input_dim|output_dim|emb_dim|width|hidden_channels|proj_dim|hidden_act_dim)",
-        D_MODEL,
-    ),
-    (r"(.*_)?(d_state|state_size|ssm_state_size)", 8),
-    (r"(.*_)?(chunk_size|chunk_length|index_topk|window_size|sliding_window)", 16),
-    (r"(.*_)?(time_step_rank|dt_rank|n_groups|ngroups|num_groups|mamba_n_groups)", 1),
-    (
-        r"(.*_)?(max_position_embeddings|n_positions|max_sequence_length|n_ctx|context_length|max_seq_len|max_source_positions|max_length)",
-        256,
-    ),
-    (r"(.*_)?image_size", 28),
-    (r"(.*_)?patch_size", 14),
-    (r"(num_)?query_tokens|num_queries|num_latents|resampler_n_latents", 4),
-]
-RULES = [(re.compile(pattern), size) for pattern, size in SIZES]
-# fields of one layer each
-PER_LAYER = re.compile(
-    r"(.*_)?(layer_types?|block_types?|layers_block_type|types|layer_type_list|layers_pattern|no_rope_layers|layers|pattern)"
-)
+# field names, whole, without a part before them: what an integer of that name becomes, at most
+RULES = [(re.compile(rf"(.*_)?({'|'.join(names.split())})"), size) for names, size in [
+    ("vocab_size vocab_size_per_layer_input n_vocab", VOCAB),
+    ("codebook_size", 128),
+    ("rotary_dim hidden_size_per_layer_input", HEAD_DIM),
+    ("moe_ffn_dim moe_intermediate_size moe_intermediate_dim", D_FF_EXPERT),
+    ("expert_intermediate_size expert_ffn_hidden_size", D_FF_EXPERT),
+    ("shared_intermediate_size shared_expert_intermediate_size", D_FF_SHARED),
+    ("shared_experts_intermediate_size share_expert_dim", D_FF_SHARED),
+    ("intermediate_size intermediate_dim intermediate_size_mlp ffn_dim ffn_hidden_size ffn_hidden_dim mlp_dim", D_FF),
+    ("mlp_hidden_size ff_dim n_inner d_ff d_inner ffn_hidden inner_dim", D_FF),
+    ("rank lowrank low_rank_dim", 16),
+    ("qk_rope_head_dim qk_nope_head_dim v_head_dim qk_head_dim head_dim d_head", HEAD_DIM),
+    ("kv_channels head_size headdim d_kv qkv_dim", HEAD_DIM),
+    ("num_key_value_heads num_kv_heads kv_heads n_kv_heads kv_n_heads multi_query_group_num n_head_kv", 2),
+    ("heads n_head head head_num", HEADS),
+    ("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_blocks layers", LAYERS),
+    ("num_experts n_experts num_local_experts n_routed_experts", EXPERTS),
+    ("index_topk", 16),
+    ("num_experts_per_tok experts_per_token num_selected_experts moe_topk moe_k top_k_experts moe_top_k topk", 2),
+    ("n_group topk_group num_expert_group n_shared_experts num_shared_experts", 1),
+    ("time_step_rank dt_rank n_groups ngroups num_groups", 1),
+    ("hidden_size hidden_dim hidden_dims d_model n_embd dim embedding_size lru_width embed_dims d_ssm width", D_MODEL),
+    ("hidden_channels", D_MODEL),
+    ("d_state state_size", 8),
+    ("chunk_size chunk_length window_size sliding_window", 16),
+    ("max_position_embeddings n_positions max_sequence_length n_ctx context_length max_seq_len", 256),
+    ("max_source_positions max_length", 256),
+    ("image_size", 28),
+    ("patch_size", 14),
+    ("query_tokens num_queries num_latents resampler_n_latents", 4),
+]]  # fmt: skip
 
 # what the rules leave open
 MROPE = {
@@ -121,9 +100,9 @@ COMPASS = {
     },
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), MROPE),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga"), HALF_MROPE),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": HEAD_DIM}),
+    **{family: MROPE for family in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl")},
+    **{family: HALF_MROPE for family in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga")},
+    **{family: {"head_dim": HEAD_DIM} for family in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "nemotron": {"num_key_value_heads": 2},
@@ -132,7 +111,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "ministral3": {"rope_parameters": YARN},
     "glm5_next": {"num_key_value_heads": HEADS},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"start": {"text_config": {"hidden_size_per_layer_input": 0}}},
     "mamba2": {"num_heads": 8},
     "zamba2": {"attention_head_dim": 16, "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -145,7 +124,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {"chunk_right_context": 2, "chunk_left_context": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
     "dots3_note_text": DOTS3,
-    "dots3_note": {"text_config": DOTS3},
+    "dots3_note": {"text_config": DOTS3, "audio_config": {"adapter_input_size": D_MODEL}},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2},
     "muse_spark": {"text_config": {"moe_hidden_size": D_MODEL}, "audio_config": SMALL_CONV},
     "ernie4_5_vl_moe": {
@@ -174,6 +153,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]}},
     "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 64}},
     "apertus1p5": {
+        "text_config": {"vocab_size": 320},
         "image_token_offset": 20,
         "audio_token_offset": 148,
         "vision_config": {"base_channels": 32, "channel_multiplier": [1, 1]},
