@@ -1,8 +1,9 @@
 """Linear layers with adapters on them, such as PEFT's LoRA: read unmerged, through their own forward.
 
 Whatever an adapter adds (``B A x``, scaled; DoRA, IA3 and others that PEFT has), an adapted layer still is ``W x + b``.
-Its own forward says W, of the unit vectors, and random vectors verify it: so adapters may be switched, scaled, turned
-off and trained between two prompts, and the model's own weights stay as they are.
+Of LoRA W is the base layer's and ``B A``; of others their own forward says it, of the unit vectors. Random vectors
+verify it. So adapters may be switched, scaled, turned off and trained between two prompts, and the model's own weights
+stay as they are.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ def values_of(layer: nn.Module, name: str) -> Tensor:
     if like is None or like.is_meta:
         raise UnsupportedModelError(f"{name} is a {kind_of(layer)} whose base layer keeps no plain weights: {_ADVICE}")
     try:
-        unit = torch.eye(inputs, dtype=like.dtype, device=like.device)
-        found = torch.cat([_without_bias(layer, part) for part in unit.split(AT_ONCE)]).mT.contiguous()
+        found = _by_its_parts(layer)
+        if found is None:
+            unit = torch.eye(inputs, dtype=like.dtype, device=like.device)
+            found = torch.cat([_without_bias(layer, part) for part in unit.split(AT_ONCE)]).mT.contiguous()
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(4, inputs, generator=generator, dtype=torch.float32, device="cpu").to(like)
-        expected = _without_bias(layer, x).float()
+        expected, nothing = _without_bias(layer, x).float(), _without_bias(layer, torch.zeros_like(x))
     except Exception as error:
         if is_machine_failure(error):
             raise
@@ -56,12 +59,28 @@ def values_of(layer: nn.Module, name: str) -> Tensor:
             f"{name} is a {kind_of(layer)} that does not run on hidden states alone ({error}): {_ADVICE}"
         ) from error
     off = (x.float() @ found.float().mT - expected).abs().max()
-    if not off <= TOLERANCE[found.dtype] * expected.abs().max():
+    if nothing.any() or not off <= TOLERANCE[found.dtype] * expected.abs().max():
         raise UnsupportedModelError(
             f"{name} is a {kind_of(layer)} that computes something other than W x + b, an adapter that popmm cannot "
             f"read: {_ADVICE}"
         )
     return found
+
+
+def _by_its_parts(layer: nn.Module) -> Tensor | None:
+    """A base layer's weights and PEFT's ``B A`` of the adapters that are on; None if there is more to it."""
+    base, adapters = base_of(layer), getattr(layer, "lora_A", None)
+    if type(base) is not nn.Linear or adapters is None or not hasattr(layer, "get_delta_weight"):
+        return None
+    if getattr(layer, "lora_variant", None):  # DoRA and others
+        return None
+    weight = base.weight.detach()
+    if layer.disable_adapters or layer.merged:
+        return weight
+    for name in layer.active_adapters:
+        if name in adapters:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight
 
 
 @torch.no_grad()
