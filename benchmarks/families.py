@@ -70,8 +70,9 @@ def survey(family: str) -> dict:
         row["kind"] = row["kind"].replace("dense", "experts")
     if missed:
         return {**row, "status": FAILED, "reason": f"FFNs that popmm neither finds nor names: {', '.join(missed)}"}
-    reason = "; ".join(dict.fromkeys(left_out.values()))
     only_shared = all(site.shared for site in sites.values())
+    reasons = ["shared experts alone can be pruned, by shared_experts='prune'"] if only_shared else []
+    reason = "; ".join(dict.fromkeys([*reasons, *left_out.values()]))
     try:
         can_run = _check(model, popmm, dict(shared_experts="prune") if only_shared else {})
     except CheckFailed as error:

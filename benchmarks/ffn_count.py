@@ -86,7 +86,7 @@ def _calls(model: nn.Module, names: list[str]) -> tuple[dict[str, tuple], bool]:
             seen[name] = args, kwargs
 
         hooks.append(model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
-    ids = torch.randint(4, 90, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(4, 60, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
