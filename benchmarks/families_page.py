@@ -42,7 +42,7 @@ def write(file: Path, rows: list[dict]) -> None:
     built = len(rows) - counts["not built"]
     attached = built - counts["refused"]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
-    outcome = ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    outcome = "; ".join(f"{n} {status}" for status, n in counts.most_common())
     text = PAGE.format(
         versions=versions,
         total=len(rows),

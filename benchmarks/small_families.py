@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-MAPPINGS = {
-    "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    "image-text": (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-    "multimodal": (AutoModelForMultimodalLM, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
-}
+KINDS = ("CausalLM", "ImageTextToText", "MultimodalLM")  # of auto classes; older versions of transformers lack some
 VOCAB, D_MODEL, HEADS, HEAD_DIM, LAYERS, EXPERTS = 160, 32, 4, 8, 2, 4
 D_FF, D_FF_EXPERT, D_FF_SHARED = 80, 48, 112
 
@@ -160,6 +156,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "blt": {"encoder_hash_byte_group_vocab": 100},
+    "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 2, 3]}},
     "qwen4_exp_text": QWEN4,
     "qwen4_exp": {"text_config": QWEN4},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
@@ -172,9 +169,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def families() -> dict[str, type]:
     """The auto class of every model type in the decoders' mappings."""
     found: dict[str, type] = {}
-    for auto, names in MAPPINGS.values():
-        for name in names:
-            found.setdefault(name, auto)
+    for kind in KINDS:
+        mapping = "_".join(re.findall("[A-Z][a-z]+|[A-Z]+", kind)).upper()
+        for name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", ()):
+            found.setdefault(name, getattr(modeling_auto, f"AutoModelFor{kind}"))
     return found
 
 
