@@ -97,7 +97,8 @@ def _like(layer: nn.Module) -> Tensor | None:
     while base_of(layer) is not None:
         layer = base_of(layer)
     weight = getattr(layer, "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.dtype in FLOATS else None
+    data = weight.data if type(weight) is nn.Parameter else weight
+    return data if type(data) is Tensor and data.dtype in FLOATS else None
 
 
 def _without_bias(layer: nn.Module, x: Tensor) -> Tensor:
