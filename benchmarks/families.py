@@ -32,7 +32,11 @@ SETTINGS = {
 }
 NEW_TOKENS = 4
 PASSED, PARTLY, ATTACHED = "passed", "passed, some FFNs dense", "attached, not run"
-REFUSED, NOT_BUILT, FAILED = "refused", "not built", "FAILED"
+REFUSED, NOT_BUILT, FAILED, DENSE = "refused", "not built", "FAILED", "attached, never pruned"
+
+
+class NeverPruned(Exception):
+    """Passes that are of no kind that popmm prunes."""
 
 
 class CheckFailed(Exception):
@@ -75,6 +79,8 @@ def survey(family: str) -> dict:
     reason = "; ".join(dict.fromkeys([*reasons, *left_out.values()]))
     try:
         can_run = _check(model, popmm, dict(shared_experts="prune") if only_shared else {})
+    except NeverPruned as error:
+        return {**row, "status": DENSE, "reason": str(error)}
     except CheckFailed as error:
         return {**row, "status": FAILED, "reason": str(error)}
     if can_run:
@@ -107,6 +113,8 @@ def _check(model, popmm, more: dict) -> str:
                 _generate(model, inputs)
                 counted = dict(state.passes)
                 expected = dict(prompt=1, decode=NEW_TOKENS - 1, dense=0)
+                if not counted["decode"]:
+                    raise NeverPruned(f"generate gives it no pass of one new token on a cache (passes: {counted})")
                 if counted != expected:
                     reasons = f" ({'; '.join(state.passes.reasons)})" if state.passes.reasons else ""
                     raise CheckFailed(f"{name}: passes {counted}{reasons}, expected {expected}")

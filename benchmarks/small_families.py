@@ -157,6 +157,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 2, 3]}},
+    "mpt": {"use_cache": True},
     "qwen4_exp_text": QWEN4,
     "qwen4_exp": {"text_config": QWEN4},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
