@@ -21,9 +21,10 @@ class BrokenWeightsError(UnsupportedModelError):
 
 
 class PackedWeights(Protocol):
-    """The quantised layers of one FFN, or the quantised stacks of its experts, in whatever format."""
+    """The layers of one FFN, or the stacks of its experts, whose weights are no plain tensor: quantised, or adapted."""
 
     kind: str  # the format's name
+    exact: bool  # whether they are read as they are: adapters, and no format
     one_plane: bool  # whether gate and up came in 4 bits, on grids that one plane holds
 
     def bytes(self) -> int:
@@ -50,8 +51,8 @@ class FFNSite:
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
-    values: Callable[[], FFNWeights] | None = None  # of quantised ones, dequantised; ``weights`` has shapes alone
-    packed: PackedWeights | None = None  # the quantised layers or stacks
+    values: Callable[[], FFNWeights] | None = None  # of packed ones, computed; ``weights`` has shapes alone
+    packed: PackedWeights | None = None  # quantised layers or stacks, and layers with adapters
     entry: nn.Module | None = None  # the first projection, where no module is called: it is given x, down gives y
     likely: list[Callable] = field(default_factory=list)  # with ``entry``: combinations that are to be verified
     places: dict[str, nn.Module] = field(default_factory=dict)  # with ``entry``: its layers, by their full names

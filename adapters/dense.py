@@ -19,6 +19,7 @@ from popmm.compat import NOT_PARTS
 from popmm.kernels.grid import on_grid
 from popmm.method.ffn import FFNWeights, ffn
 
+from .adapted import is_adapted
 from .base import FFNSite, UnsupportedModelError, register
 from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination, form_of
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
@@ -86,8 +87,8 @@ def described(module: nn.Module, reading: Reading, combine: Callable, kind: str,
 
 
 def _packed(layers: dict[str, nn.Module], kind: str) -> Packed | None:
-    """The quantised ones of an FFN's layers; others must be plain."""
-    quantised = {name: layer for name, layer in layers.items() if is_quantised(layer)}
+    """The quantised and adapted ones of an FFN's layers; others must be plain."""
+    quantised = {name: layer for name, layer in layers.items() if is_quantised(layer) or is_adapted(layer)}
     for name, layer in layers.items():
         own = why_not_local if is_spread(layer) else why_not_plain
         reason = "" if name in quantised else own(layer, name)
@@ -197,7 +198,7 @@ def _probe(
     size = torch.tensor(SCALES, **plain).to(x.device)[:, None] / spread.clamp_min(1e-6)
     x = (x * size).to(views.gate.dtype)
     # what quantised layers round their inputs to is not known
-    tolerance = TOLERANCE.get(x.dtype, 1e-4) if packed is None else QUANTISED_CLOSE
+    tolerance = TOLERANCE.get(x.dtype, 1e-4) if packed is None or packed.exact else QUANTISED_CLOSE
     try:
         expected = module(x)
     except Exception as error:

@@ -20,6 +20,7 @@ from .base import (
     registry,
 )
 from .forms import (
+    base_of,
     is_block,
     is_ffn,
     is_mixer,
@@ -34,7 +35,7 @@ from .moe import verify_experts
 from .quantised import activations_in
 from .reasons import why_never_decoding, why_nothing
 from .spread import pair_site, verify_pairs
-from .stacks import find_layers
+from .stacks import beside, find_layers
 
 logger = logging.getLogger("popmm")
 
@@ -66,6 +67,8 @@ def describe(model: nn.Module, probe: bool = True, skip_layers: tuple[int, ...] 
         layers = [search.layer(index, block, index in skip_layers) for index, block in enumerate(blocks)]
         if probe:
             search.settle(decoder, [layer for layer in layers if layer.index not in skip_layers])
+    for ffn, stack in beside(model, decoder):
+        search.beside(ffn, f"{names[id(stack)]} ({type(stack).__name__})", names.get(id(decoder), ""))
     description = ModelDescription(decoder, names.get(id(decoder), ""), layers, search.left_out)
     if not any(layer.sites for layer in layers):
         types = {name: type(module).__name__ for name, module in model.named_modules() if name in search.every_reason}
@@ -130,6 +133,13 @@ class _Search:
             layer.attention_weights += sum(linear_weights(child) for child, found in inside if not found)
         return holds
 
+    def beside(self, module: nn.Module, stack: str, decoder: str) -> None:
+        """Lists an FFN of another decoder in the model."""
+        self._skipped = False
+        self._leave_out(
+            module, f"{type(module).__name__} is part of {stack}: popmm prunes the FFNs of one decoder, here {decoder}"
+        )
+
     def _find_spread(self, layer: DecoderLayer) -> None:
         """A block's only FFN may be no module by itself: its projections stand in the block, or in several parts."""
         block, layers = layer.module, outside_mixers(layer.module)
@@ -184,6 +194,11 @@ class _Search:
         return self._verdicts[key]
 
     def _judge(self, module: nn.Module, parent: nn.Module, top: nn.Module) -> FFNSite | None:
+        if base_of(module) is not None and _is_routed(_innermost(module)):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} computes the weights of {type(_innermost(module)).__name__} anew at each "
+                "call (an adapter such as LoRA on experts): merge it first, merge_and_unload()"
+            )
         if _is_expert_list(module) and not is_block(parent):
             raise UnsupportedModelError(
                 f"{type(module).__name__} is a list of {len(module)} experts, each run with the tokens routed to it: "
@@ -215,6 +230,12 @@ class _Search:
         self.every_reason.setdefault(name, reason)
         if not self._skipped:
             self.left_out.setdefault(name, reason)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    """What stands inside of all adapters."""
+    base = base_of(module)
+    return module if base is None else _innermost(base)
 
 
 def _is_expert_list(module: nn.Module) -> bool:

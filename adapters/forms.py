@@ -32,7 +32,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return None
     # an FFN may tell its width by the same names
     inner = any(linear_shape(child) for child in module.children())
-    return shape if not inner or hasattr(module, "base_layer") or isinstance(module, nn.Linear) else None
+    return shape if not inner or base_of(module) is not None or isinstance(module, nn.Linear) else None
+
+
+def base_of(module: nn.Module) -> nn.Module | None:
+    """The module that another one, an adapter of PEFT, stands around; None of others."""
+    found = (module._modules.get(name) for name in ("base_layer", "original_module"))
+    return next((base for base in found if base is not None), None)
 
 
 def projections(module: nn.Module) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import adapted
 from .base import UnsupportedModelError
 from .forms import linear_shape
 from .weights import FLOATS, is_machine_failure
@@ -171,9 +172,10 @@ def _without_bias(layer: nn.Module, y: Tensor) -> Tensor:
 
 def packed(layer: nn.Module) -> Iterator[Tensor]:
     """The plain tensors in which a layer keeps its weights, without the bias."""
-    own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    inside = adapted.is_adapted(layer)
+    own = (*layer.named_parameters(recurse=inside), *layer.named_buffers(recurse=inside))
     for name, tensor in own:
-        if name != "bias":
+        if name.rpartition(".")[2] != "bias":
             yield from packed_tensors(tensor.data if type(tensor) is nn.Parameter else tensor)
     state = vars(getattr(getattr(layer, "weight", None), "quant_state", None) or object).get("absmax")  # bitsandbytes
     if isinstance(state, Tensor):
@@ -196,11 +198,12 @@ def identity(layers: list[nn.Module]) -> tuple:
     tensors = [t for layer in layers for t in packed(layer)]
     own = [t for layer in layers for t in (*layer.parameters(False), *layer.buffers(False))]  # biases too
     places = tuple((t.data_ptr(), tuple(t.shape)) for t in tensors)
-    return places, tuple(None if t.is_inference() else t._version for t in (*own, *tensors))
+    answers = tuple(adapted.answer_of(layer) for layer in layers if adapted.is_adapted(layer))
+    return places, answers, tuple(None if t.is_inference() else t._version for t in (*own, *tensors))
 
 
 class Packed:
-    """The quantised layers of one FFN."""
+    """The layers of one FFN whose weights are not there as a tensor: quantised ones, and ones with adapters."""
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self.layers = layers
@@ -210,7 +213,13 @@ class Packed:
 
     @property
     def kind(self) -> str:
-        return kind_of(next(iter(self.layers.values())))
+        layer = next(iter(self.layers.values()))
+        return adapted.kind_of(layer) if adapted.is_adapted(layer) else kind_of(layer)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the weights are read as they are: adapters alone, no quantised layer."""
+        return all(adapted.is_adapted(layer) for layer in self.layers.values())
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in packed(layer))
@@ -223,7 +232,7 @@ class Packed:
         name = next((name for name, own in self.layers.items() if own is layer), None)
         if name is None:
             return layer.weight
-        found = dequantised(layer, name, self._dtype)
+        found = adapted.values_of(layer, name) if adapted.is_adapted(layer) else dequantised(layer, name, self._dtype)
         if id(layer) not in self._stand_ins:  # of the shape, and holding nothing
             nothing = torch.full((1, 1), torch.nan, dtype=self._dtype or found.dtype, device=found.device)
             self._stand_ins[id(layer)] = nothing.expand(found.shape)

@@ -21,6 +21,8 @@ def tells_its_values(parameter: Tensor) -> bool:
 class PackedExperts:
     """The quantised stacks of one layer's experts."""
 
+    exact = False
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.one_plane = False  # until the values are known

@@ -11,6 +11,7 @@ from popmm.compat import CACHE_NAMES, OTHER_STATES
 from .base import DecoderLayer
 from .forms import linear_weights, mixes_tokens
 
+_OWN_CACHES = ("mems", "past_buckets_states")
 _OTHER_FORM = "register an adapter for this form (entry-point group 'popmm.adapters')"
 
 
@@ -19,8 +20,20 @@ def why_never_decoding(model: nn.Module, decoder: nn.Module) -> str:
     kind = type(model).__name__
     reads = getattr(model, "main_input_name", "input_ids")
     parameters = inspect.signature(type(decoder).forward).parameters
+    own = [name for name in _OWN_CACHES if name in parameters and not any(n in parameters for n in CACHE_NAMES)]
+    if own:
+        return (
+            f"{kind} keeps what it has read in {own[0]}, a form of its own: popmm prunes models that decode on a cache "
+            "of transformers' Cache classes"
+        )
     takes_cache = any(name in parameters for name in (*CACHE_NAMES, *OTHER_STATES))
-    if not takes_cache and not (_takes_anything(parameters) and _can_generate(model)):
+    generates = _takes_anything(parameters) and _can_generate(model)
+    if generates and not takes_cache and not any(map(_takes_a_cache, decoder.modules())):
+        return (
+            f"{kind} takes no cache: it reads the whole text again for each token and never decodes token by token, so "
+            "there is nothing to prune online"
+        )
+    if not takes_cache and not generates:
         what = "is an encoder" if reads == "input_ids" else f"reads {reads}"
         return (
             f"{kind} {what}: its {type(decoder).__name__} takes no cache, so it never decodes token by token and there "
@@ -33,6 +46,14 @@ def why_never_decoding(model: nn.Module, decoder: nn.Module) -> str:
             "once and never decodes token by token; popmm prunes decoders, such as AutoModelForCausalLM loads"
         )
     return ""
+
+
+def _takes_a_cache(module: nn.Module) -> bool:
+    try:
+        parameters = inspect.signature(type(module).forward).parameters
+    except (TypeError, ValueError):  # compiled code has none
+        return True
+    return any(name in parameters for name in (*CACHE_NAMES, *OTHER_STATES))
 
 
 def _takes_anything(parameters) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator
 
 from torch import nn
+
+from popmm.compat import CACHE_NAMES
 
 from .forms import is_block, is_ffn, is_mixer, outside_mixers, ungated
 
@@ -44,6 +48,26 @@ def find_layers(decoder: nn.Module) -> list[nn.Module]:
 
     walk(decoder)
     return layers or list(max(others, key=len, default=nn.ModuleList()).children())
+
+
+def beside(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """FFNs of a model's other decoders, stacks of blocks with a cache of their own, each with its decoder."""
+    inside = {id(part) for part in decoder.modules()}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside or _OTHER_MODALITY.search(name) or not _takes_cache(module):
+            continue
+        for child in module.children():
+            blocks = child if isinstance(child, nn.ModuleList) and id(child) not in inside else ()
+            for part in (part for block in blocks for part in block.modules() if is_ffn(part)):
+                if id(part) not in seen:
+                    seen.add(id(part))
+                    yield part, module
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters
+    return any(name in parameters for name in CACHE_NAMES)
 
 
 def _holds_ffn(module: nn.Module) -> bool:

@@ -1,101 +1,274 @@
-"""What popmm finds in every model type of transformers' causal and image-text-to-text mappings, without weights.
+"""What popmm does with every decoder family of transformers: docs/models.md, and the checks that it rests on.
 
-Each type is built from its default configuration on the meta device and described. Beside it stands what an independent
-rule sees: modules with two or three linear layers that widen and narrow again, and parameters of three dimensions.
+    python benchmarks/families.py                            # all families, a line each
+    python benchmarks/families.py llama gpt2                 # some of them
+    python benchmarks/families.py --markdown docs/models.md  # writes the page anew; some families: their rows alone
+    python benchmarks/families.py --compare docs/models.md   # exits with 1 where the page says something else
 
-    python benchmarks/families.py [model_type ...]
+Each family is built tiny and random from its default configuration (small_families.py) and attached with tiers, gate
+and mask: greedy decoding must count one prompt, every further token as pruned and none as dense; nothing pruned must
+give the dense logits bit for bit; detach must give every byte back. The FFNs that are there are counted without popmm
+(ffn_count.py). Two processes work through the families, with a time limit for each.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import signal
+import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from pathlib import Path
+from queue import Empty, Queue
 
-import torch
-import transformers
-from popmm.adapters import UnsupportedModelError, describe
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto import modeling_auto
-
-# what defaults leave open
+LIMIT, PER_PROCESS = 120, 25  # seconds for a family; families for a process
 SETTINGS = {
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
-    "ministral": {"head_dim": 128},
-    "nemotron": {"num_key_value_heads": 48},
-    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10000.0}},
-    "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "reformer": {"is_decoder": True},
-    "deepseek_v2": {"num_experts_per_tok": 6},
+    "tiers": dict(selection="tiers", bytes=0.33),
+    "gate": dict(selection="gate", gate_bits=16, ffn_ratio=0.4),
+    "mask": dict(selection="mask", candidate_fraction=0.2, ffn_ratio=0.4),
 }
+NEW_TOKENS = 4
+PASSED, PARTLY, ATTACHED = "passed", "passed, some FFNs dense", "attached, not run"
+REFUSED, NOT_BUILT, FAILED, DENSE = "refused", "not built", "FAILED", "attached, never pruned"
 
 
-def independent(decoder: nn.Module) -> list[str]:
-    """Names of FFN-like modules, by shapes alone."""
-    found = []
-    for name, module in decoder.named_modules():
-        linears = [m for m in module.children() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-        sizes = [tuple(m.weight.shape) for m in linears]
-        wide = [a for a in sizes for b in sizes if a[0] > a[1] and b[0] == a[1] and b[1] in (a[0], a[0] / 2)]
-        threes = [key for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
-        if (wide and len(sizes) in (2, 3)) or (len(threes) > 1 and not isinstance(module, nn.modules.conv._ConvNd)):
-            found.append(f"{name} ({type(module).__name__})")
-    return found
+class NeverPruned(Exception):
+    """Passes that are of no kind that popmm prunes."""
 
 
-def build(auto, model_type: str) -> nn.Module:
-    config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
-    with torch.device("meta"):
-        return auto.from_config(config).eval()
+class CheckFailed(Exception):
+    """A promise that popmm did not keep."""
 
 
-def survey(auto, model_type: str) -> str:
-    """One family's findings, and which kind of outcome they are."""
+def survey(family: str) -> dict:
+    """One family's row."""
+    from ffn_count import count_ffns
+    from popmm.adapters import UnsupportedModelError, describe
+    from small_families import D_MODEL, small_model
+
+    import popmm
+
+    row = dict(family=family, model="", kind="", sites=0, present=0, status=NOT_BUILT, reason="")
     try:
-        model = build(auto, model_type)
-    except Exception as error:
-        print(f"{model_type}: not built from its defaults ({type(error).__name__})")
-        return "not built"
+        model = small_model(family)
+    except (Exception, TimeoutError) as error:
+        return {**row, "reason": f"its small configuration does not build ({type(error).__name__}: {_line(error)})"}
+    row |= dict(model=type(model).__name__, kind=_kind(model))
     try:
-        description = describe(model, probe=False)
+        description = describe(model)
     except UnsupportedModelError as error:
-        print(f"{model_type}: REFUSED {error}")
-        return "refused"
-    except Exception as error:
-        print(f"{model_type}: CRASH {type(error).__name__}: {error}")
-        return "crash"
+        present, _ = count_ffns(model, D_MODEL, set(), lambda name: False)
+        return {**row, "present": len(present), "status": REFUSED, "reason": _line(error)}
     sites = {site.name: site for site in description.sites()}
-    prefix = f"{description.decoder_name}." if description.decoder_name else ""
-    known = {*sites, *description.left_out}
-    seen = [name for name in independent(description.decoder) if prefix + name.split(" ")[0] not in known]
-    kinds = sorted({type(site.module).__name__ for site in sites.values()})
-    print(f"{model_type}: {len(description.layers)} layers, {len(sites)} sites ({', '.join(kinds)})")
-    for reason in dict.fromkeys(description.left_out.values()):
-        names = [name for name, other in description.left_out.items() if other == reason]
-        print(f"    left out: {len(names)}, such as {names[0]}: {reason}")
-    for kind in dict.fromkeys(name.split(" ")[1] for name in seen):
-        names = [name for name in seen if name.endswith(kind)]
-        print(f"    FFN-like by shape alone: {len(names)}, such as {names[0]}")
-    return "some left out" if description.left_out else "all found"
+    left_out = description.left_out
+    present, missed = count_ffns(
+        model, D_MODEL, set(sites), lambda name: any(f"{name}.".startswith(f"{left}.") for left in left_out)
+    )
+    lists = [left for left in left_out if any(name.startswith(f"{left}.") for name in present)]
+    inside = [name for name in present if any(name.startswith(f"{left}.") for left in lists)]
+    row |= dict(sites=len(sites), present=len(present) - len(inside) + len(lists))
+    if any(site.is_experts for site in sites.values()):
+        row["kind"] = row["kind"].replace("dense", "experts")
+    if missed:
+        return {**row, "status": FAILED, "reason": f"FFNs that popmm neither finds nor names: {', '.join(missed)}"}
+    only_shared = all(site.shared for site in sites.values())
+    reasons = ["shared experts alone can be pruned, by shared_experts='prune'"] if only_shared else []
+    reason = "; ".join(dict.fromkeys([*reasons, *left_out.values()]))
+    try:
+        can_run = _check(model, popmm, dict(shared_experts="prune") if only_shared else {})
+    except NeverPruned as error:
+        return {**row, "status": DENSE, "reason": str(error)}
+    except CheckFailed as error:
+        return {**row, "status": FAILED, "reason": str(error)}
+    if can_run:
+        return {**row, "status": ATTACHED, "reason": can_run + (f"; {reason}" if reason else "")}
+    return {**row, "status": PARTLY if left_out else PASSED, "reason": reason}
+
+
+def _check(model, popmm, more: dict) -> str:
+    """Keeps popmm's promises on a model.
+
+    Returns:
+        Why the model itself generates nothing from text alone; empty if it does.
+
+    Raises:
+        CheckFailed: a promise that was not kept.
+    """
+    import torch
+
+    ids = torch.randint(4, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    why = ""
+    try:
+        tokens, logits = _generate(model, inputs)
+    except Exception as error:
+        why = f"its tiny model generates nothing from text alone ({type(error).__name__}: {_line(error)})"
+    for name, settings in SETTINGS.items():
+        with popmm.pruned(model, **settings, **more) as state:
+            if not why:
+                _generate(model, inputs)
+                counted = dict(state.passes)
+                expected = dict(prompt=1, decode=NEW_TOKENS - 1, dense=0)
+                if not counted["decode"]:
+                    raise NeverPruned(f"generate gives it no pass of one new token on a cache (passes: {counted})")
+                if counted != expected:
+                    reasons = f" ({'; '.join(state.passes.reasons)})" if state.passes.reasons else ""
+                    raise CheckFailed(f"{name}: passes {counted}{reasons}, expected {expected}")
+        for key, value in model.state_dict().items():
+            if not torch.equal(value, before[key]):
+                raise CheckFailed(f"{name}: detach gave {key} back changed")
+    if not why:
+        with popmm.pruned(model, selection="gate", gate_bits=16, ffn_ratio=0.0, **more):
+            again, theirs = _generate(model, inputs)
+        if not torch.equal(again, tokens) or not torch.equal(theirs, logits):
+            raise CheckFailed("with nothing pruned the logits are not the dense model's")
+    return why
+
+
+def _generate(model, inputs: dict):
+    import torch
+
+    how = dict(do_sample=False, output_logits=True, return_dict_in_generate=True)
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **how)
+    logits = output.logits if isinstance(output.logits[0], torch.Tensor) else [step[0] for step in output.logits]
+    return output.sequences, torch.stack(list(logits))
+
+
+def _kind(model) -> str:
+    """Of which kind a model is: experts or dense, and what it reads beside text."""
+    config, names = model.config, [name for name, _ in model.named_modules()]
+    experts = any(p.ndim == 3 and "expert" in name for name, p in model.named_parameters())
+    experts = experts or any(name.rsplit(".", 1)[-1] == "experts" for name in names)
+    parts = ["experts" if experts else "dense"]
+    parts += ["encoder-decoder"] if getattr(config, "is_encoder_decoder", False) else []
+    parts += ["pictures"] if any("vision" in name or "visual" in name for name in names) else []
+    parts += ["sound"] if any("audio" in name for name in names) else []
+    return ", ".join(parts)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text.rpartition("Class validation error for validator ")[2].partition(": ValueError: ")[2] or text
+
+
+def _work() -> None:
+    """A child process: families on stdin, a row of JSON each on stdout."""
+    import warnings
+
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+
+    def too_slow(*_) -> None:
+        raise TimeoutError(f"more than {LIMIT} s")
+
+    signal.signal(signal.SIGALRM, too_slow)
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        family = line.strip()
+        signal.alarm(LIMIT)
+        try:
+            row = survey(family)
+        except Exception as error:
+            where = error.__traceback__
+            while where.tb_next is not None:
+                where = where.tb_next
+            at = f"{Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}"
+            row = dict(family=family, model="", kind="", sites=0, present=0, status=FAILED)
+            row["reason"] = f"{type(error).__name__}: {_line(error)} ({at})"
+        signal.alarm(0)
+        print(json.dumps(row), file=answers, flush=True)
+
+
+def survey_all(names: list[str], processes: int = 2, told=lambda row: None) -> list[dict]:
+    """Rows of families, each surveyed in a process of its own, in the order of their names."""
+    queue: Queue[str] = Queue()
+    for name in names:
+        queue.put(name)
+    rows: dict[str, dict] = {}
+
+    def serve() -> None:
+        child, served = None, 0
+        while True:
+            try:
+                family = queue.get_nowait()
+            except Empty:
+                break
+            if child is None or served % PER_PROCESS == 0:
+                _end(child)
+                child = subprocess.Popen(
+                    [sys.executable, __file__, "--work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL, text=True,
+                )  # fmt: skip
+            served += 1
+            child.stdin.write(f"{family}\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+            if not answer:
+                row = dict(family=family, model="", kind="", sites=0, present=0, status=FAILED)
+                rows[family] = {**row, "reason": f"the process ended with {child.wait()}"}
+                child = None
+            else:
+                rows[family] = json.loads(answer)
+            told(rows[family])
+        _end(child)
+
+    threads = [threading.Thread(target=serve) for _ in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [rows[name] for name in sorted(names)]
+
+
+def _end(child: subprocess.Popen | None) -> None:
+    if child is not None:
+        child.stdin.close()
+        child.wait()
 
 
 def main() -> None:
-    transformers.logging.set_verbosity_error()
-    families = [(AutoModelForCausalLM, name) for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES] + [
-        (AutoModelForImageTextToText, name)
-        for name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        if name not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ]
-    counts: dict[str, int] = {}
-    start = time.perf_counter()
-    for auto, name in families:
-        if len(sys.argv) == 1 or name in sys.argv[1:]:
-            outcome = survey(auto, name)
-            counts[outcome] = counts.get(outcome, 0) + 1
-    print(f"\n{sum(counts.values())} model types in {time.perf_counter() - start:.0f} s: {counts}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--compare", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        _work()
+        return
+    from families_page import differences, read, write
+    from small_families import families
+
+    start, every = time.perf_counter(), sorted(families())
+    wrong = [name for name in args.families if name not in every]
+    if wrong:
+        parser.error(f"{', '.join(wrong)}: not in transformers' mappings of decoders")
+
+    def tell(row: dict) -> None:
+        print(f"{row['family']}: {row['status']}, {row['sites']} of {row['present']}: {row['reason']}", flush=True)
+
+    rows = survey_all(args.families or every, args.processes, tell)
+    counts = Counter(row["status"] for row in rows)
+    print(f"\n{len(rows)} families in {time.perf_counter() - start:.0f} s: {dict(counts)}")
+    if args.markdown is not None:
+        others = read(args.markdown) if args.families and args.markdown.is_file() else []
+        mine = {row["family"] for row in rows}
+        write(
+            args.markdown, sorted([*rows, *(o for o in others if o["family"] not in mine)], key=lambda r: r["family"])
+        )
+    if args.compare is not None:
+        found = differences(read(args.compare), rows)
+        print("\n".join(found) or f"{args.compare} says the same")
+        sys.exit(bool(found))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The terminal: ``popmm generate | chat | serve | inspect | eval | bench | demo``."""
+"""The terminal: ``popmm generate | chat | serve | inspect | eval | bench | demo | zoo``."""
 
 from popmm.cli.main import main
 

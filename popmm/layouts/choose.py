@@ -37,13 +37,21 @@ def choose_layout(
     """
     fill_mean = config.fill == "mean"
     weight = site.weights().down
-    if site.packed is not None and config.selection != "tiers" and not sizes.is_dense:
+    adapted = site.packed is not None and site.packed.exact
+    if adapted and config.selection == "gate" and not sizes.is_dense:
+        raise UnsupportedModelError(
+            f"{site.name} has adapters ({site.packed.kind}), and selection='gate' reads rows of weights as they lie: "
+            "give selection='tiers' (bytes=0.25, say) or 'mask', or merge the adapters, merge_and_unload()"
+        )
+    if site.packed is not None and not adapted and config.selection != "tiers" and not sizes.is_dense:
         raise UnsupportedModelError(
             f"{site.name} is quantised ({site.packed.kind}), and selection={config.selection!r} reads rows of weights "
             "as they lie: give selection='tiers' (bytes=0.25, say), or load the model with unquantised weights"
         )
-    if config.selection == "tiers" or site.packed is not None:
+    if config.selection == "tiers" or (site.packed is not None and not adapted):
         return TiersLayout(sizes, several, site.combine, site.name)
+    if adapted:
+        in_place = "has adapters"
     if config.layout == "permute" and in_place:
         raise ValueError(f"layout='permute': {site.name} {in_place}; give layout='copy' or 'auto'")
     # on the CPU products read column slices at less bandwidth, 16-bit ones at half

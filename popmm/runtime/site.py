@@ -43,7 +43,7 @@ class PrunedSite:
         self.config = config
         self.integrity: Integrity | None = None  # set by attach
         self.identity: Tensor | None = None  # float32 [n], by which a saved sequence knows the model again
-        self.origin = ""  # of quantised weights
+        self.origin = ""  # of quantised or adapted weights
         self.note = ""  # what a reader must know of the partition's origin
         self.partition: FFNPartition | None = None
         self.stale = False  # the weights were read again since the partition was laid out
@@ -157,7 +157,9 @@ class PrunedSite:
             if self.sizes.is_dense:
                 return
             rms = (ranking.up_rms(pooled, short) if ranking.wants_up else None,) if self.config.predicts else ()
-            self.layout.write(self.site.weights(), self.partition, pooled.mean, *rms)
+            # copies are gathered from the values, which adapted layers compute; planes hold all channels already
+            source = self.site.read() if self.layout.name == "copy" else self.site.weights()
+            self.layout.write(source, self.partition, pooled.mean, *rms)
 
     def release(self) -> None:
         """Frees the layout, after detach."""
@@ -194,6 +196,8 @@ def _origin(kind: str, layout: Layout, source: FFNWeights) -> str:
     """Where planes of quantised weights come from, and what rounding them again has changed."""
     if layout.sizes.is_dense:
         return ""
+    if not hasattr(layout, "dequantised"):
+        return f"read through its adapters ({kind})"
     held = layout.dequantised(source)
     pairs = zip(held.matrices, source.matrices)
     off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs]

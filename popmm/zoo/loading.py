@@ -1,4 +1,4 @@
-"""Models by name: bundled ones as ``zoo:NAME``, others by folder, GGUF file or hub id."""
+"""Models by name: those of the zoo as ``zoo:NAME``, others by folder, GGUF file or hub id."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from popmm import zoo
 from popmm.zoo.bundled import auto_classes
+from popmm.zoo.fetched import MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ZOO_PREFIX = "zoo:"
@@ -22,7 +23,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     """``(model, tokenizer)``, of vision-language models ``(model, processor)``; the model in eval mode.
 
     Args:
-        name: ``zoo:stories``, a folder, a GGUF file, or a hub id.
+        name: ``zoo:stories``, ``zoo:smollm2-135m``, a folder, a GGUF file, or a hub id.
         dtype: a key of ``DTYPES``; None = the checkpoint's own, of bundled models and GGUF files float32 on the CPU and
             bfloat16 elsewhere.
         device: a torch device; None = cuda where there is one.
@@ -35,7 +36,9 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     by_device = DTYPES[dtype or ("float32" if str(device) == "cpu" else "bfloat16")]
     if name.startswith(ZOO_PREFIX):
-        model, tokenizer = zoo.load(name.removeprefix(ZOO_PREFIX), dtype=by_device)
+        short = name.removeprefix(ZOO_PREFIX)
+        own = dtype is None and short in MODELS  # as it is stored
+        model, tokenizer = zoo.load(short, dtype=None if own else by_device)
         return model.to(device), tokenizer
     path = local_path(name)
     if path is not None and path.suffix == GGUF:
@@ -102,6 +105,6 @@ def local_path(name: str) -> Path | None:
 def _not_found(name: str, path: Path | None, error: OSError) -> str:
     if path is not None:
         return f"--model {name}: {' '.join(str(error).split())}"
-    bundled = f"; did you mean {ZOO_PREFIX}{name}?" if name in zoo.names() else ""
+    bundled = f"; did you mean {ZOO_PREFIX}{name}?" if name in (*zoo.names(), *MODELS) else ""
     reason = str(error).strip().splitlines()[0].rstrip(".")
     return f"--model {name}: no folder here, and not to be had from the hub ({reason}){bundled or '; ' + _ADVICE}"

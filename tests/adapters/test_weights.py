@@ -87,25 +87,6 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_named(llama):
     assert "up_proj is a QLinear, which computes by a forward of its own" in reason(llama)
 
 
-def test_a_low_rank_adapter_around_a_projection_is_named_until_it_is_merged(llama):
-    class Adapted(nn.Module):
-        def __init__(self, base_layer):
-            super().__init__()
-            self.base_layer = base_layer
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-            self.lora_A, self.lora_B = nn.Linear(32, 4, bias=False), nn.Linear(4, 80, bias=False)
-            nn.init.zeros_(self.lora_B.weight)
-
-        def forward(self, x):
-            return self.base_layer(x) + self.lora_B(self.lora_A(x))
-
-    mlp = llama.model.layers[0].mlp
-    mlp.up_proj = Adapted(mlp.up_proj)
-    assert "up_proj is a Adapted around another layer (an adapter such as LoRA): merge it first" in reason(llama)
-    mlp.up_proj = mlp.up_proj.base_layer
-    assert describe(llama).left_out == {}
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("normalise", [parametrizations.weight_norm, weight_norm])
 def test_weights_that_are_computed_anew_at_each_call_are_named(llama, normalise):
