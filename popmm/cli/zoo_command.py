@@ -65,4 +65,6 @@ def _get(args: argparse.Namespace) -> None:
     if args.json:
         print_json(made)
     if args.folder is not None:
-        console.print(f"give the folder as --model, or set {fetched.FOLDER_VARIABLE}={args.folder} for zoo:NAME")
+        console.print(
+            f"give the folder as --model, or set {fetched.FOLDER_VARIABLE}={args.folder} for zoo:NAME", soft_wrap=True
+        )

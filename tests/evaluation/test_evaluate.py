@@ -50,8 +50,8 @@ def test_so_it_does_in_a_batch_whose_tokens_choose_together(name, build, batch):
         kept = cache_argument(model, cache_of(model(prompt)))
         with state.simulated_decode(), state.trace() as trace:
             at_once = model(continuation, **kept).logits
-    # our kernels round what they multiply, and a pass of many tokens does not
-    assert (at_once - torch.cat(one_by_one, 1)).norm() <= 0.03 * at_once.norm()
+    # our kernels round what they multiply, and a pass of many tokens does not: some channels change their tier
+    assert (at_once - torch.cat(one_by_one, 1)).norm() <= 0.06 * at_once.norm()
     for name in trace:
         assert (trace[name] != stepped[name]).float().mean() < 0.02
         if "mixtral" not in type(model).__name__.lower():

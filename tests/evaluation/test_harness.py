@@ -222,7 +222,7 @@ def test_presets_name_tasks_that_the_harness_knows():
         (["--tasks", "no_such_task"], "unknown task 'no_such_task'"),
         (["--tasks", "humaneval"], "run code that the model writes; allow it with --run-code"),
         (["--preset", "paper-vision"], "give one of paper-qa, paper-generation, paper-wikitext"),
-        (["--tasks", "arc_easy", "--batch", "0"], "--batch 0: give 1 or more"),
+        (["--tasks", "arc_easy", "--batch", "0"], "--batch 0: give numbers of sequences"),
     ],
 )
 def test_wrong_tasks_are_refused_in_one_line(arguments, message, capsys, local_tasks_only):
