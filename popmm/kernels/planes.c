@@ -25,6 +25,21 @@ int new_rounded(int64_t d, int64_t group, rounded *x) {
     return 1;
 }
 
+rounded *new_rounded_all(int64_t d, int64_t group, int64_t n) {
+    rounded *x = calloc(n ? n : 1, sizeof(rounded));
+    for (int64_t t = 0; x && t < n; t++)
+        if (!new_rounded(d, group, x + t)) {
+            free_rounded(x, n);
+            return NULL;
+        }
+    return x;
+}
+
+void free_rounded(rounded *x, int64_t n) {
+    for (int64_t t = 0; x && t < n; t++) free(x[t].code);
+    free(x);
+}
+
 void round_vector(const float *x, int64_t d, int64_t group, rounded *to) {
     for (int64_t g = 0; g < d / group; g++) {
         const float *own = x + g * group;
@@ -83,6 +98,8 @@ static void add_plain(const planes *p, int bits, int64_t first, const int64_t *i
     default: f(8, __VA_ARGS__);                 \
     }
 
+#define TOGETHER 32 /* rows that are read for one token after the other, while they are near */
+
 #ifdef VECTORS
 static inline __attribute__((always_inline)) void dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
                                                           int64_t from, int64_t to, int64_t k, const rounded *x, float *out) {
@@ -98,33 +115,83 @@ static inline __attribute__((always_inline)) void dots_of(int bits, const planes
     }
 }
 
+#ifdef MOST_VECTORS
+/* the same of m vectors, for which each row is unpacked once */
+static inline __attribute__((always_inline)) void many_dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
+                                                               int64_t from, int64_t to, int64_t k, const rounded *x, int64_t m,
+                                                               float *out, int64_t stride) {
+    for (int64_t j = from; j < to; j += 2) {
+        int64_t now[2], next[2];
+        for (int r = 0; r < 2; r++) {
+            const int64_t a = j + r < k ? j + r : k - 1, b = j + AHEAD + r < k ? j + AHEAD + r : k - 1;
+            now[r] = first + (index ? index[a] : a), next[r] = first + (index ? index[b] : b);
+        }
+        float found[2][MOST_VECTORS];
+        for (int64_t t = 0, n; t < m; t += n) {
+            n = m - t >= 8 ? 8 : m - t >= 4 ? 4 : m - t >= 2 ? 2 : 1;
+            if (n == 8) pair_dots(p, now, next, bits, x + t, 8, found);
+            else if (n == 4) pair_dots(p, now, next, bits, x + t, 4, found);
+            else if (n == 2) pair_dots(p, now, next, bits, x + t, 2, found);
+            else pair_dots(p, now, next, bits, x + t, 1, found);
+            for (int64_t i = 0; i < n; i++)
+                for (int r = 0; r < 2 && j + r < to; r++) out[(t + i) * stride + j + r] = found[r][i];
+        }
+    }
+}
+
 static inline __attribute__((always_inline)) void tiles_of(int bits, const planes *p, int64_t first, const int64_t *index,
-                                                           const float *h, int64_t k, int64_t from, int64_t to, float *y) {
-    add_tiles(p, bits, first, index, h, k, from, to, y);
+                                                           const float *h, int64_t stride, int64_t k, int64_t m, int64_t from,
+                                                           int64_t to, float *y) {
+    for (int64_t t = 0; t < m; t += MOST_VECTORS)
+        add_tiles(p, bits, first, index, h + t * stride, stride, k, m - t < MOST_VECTORS ? m - t : MOST_VECTORS, from, to,
+                  y + t * p->d);
+}
+#else
+static inline __attribute__((always_inline)) void many_dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
+                                                               int64_t from, int64_t to, int64_t k, const rounded *x, int64_t m,
+                                                               float *out, int64_t stride) {
+    for (int64_t r = from; r < to; r += TOGETHER)
+        for (int64_t t = 0; t < m; t++)
+            dots_of(bits, p, first, index, r, r + TOGETHER < to ? r + TOGETHER : to, k, x + t, out + t * stride);
+}
+
+static inline __attribute__((always_inline)) void tiles_of(int bits, const planes *p, int64_t first, const int64_t *index,
+                                                           const float *h, int64_t stride, int64_t k, int64_t m, int64_t from,
+                                                           int64_t to, float *y) {
+    for (int64_t r = 0, step = m > 1 ? TOGETHER : k; r < k; r += step)
+        for (int64_t t = 0; t < m; t++)
+            add_tiles(p, bits, first, index + r, h + t * stride + r, r + step < k ? step : k - r, from, to, y + t * p->d);
 }
 #endif
+#endif
 
-void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, float *out,
-              range own) {
+void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, int64_t m, float *out,
+              int64_t stride, range own) {
     if (!p->fine) bits = 4; /* rows of one plane */
 #ifdef VECTORS
     if (p->group == 64) {
-        BY_BITS(dots_of, p, first, index, own.from, own.to, k, x, out)
+        if (m == 1) {
+            BY_BITS(dots_of, p, first, index, own.from, own.to, k, x, out)
+        } else {
+            BY_BITS(many_dots_of, p, first, index, own.from, own.to, k, x, m, out, stride)
+        }
         return;
     }
 #endif
-    for (int64_t j = own.from; j < own.to; j++) out[j] = dot_plain(p, first + (index ? index[j] : j), bits, x);
+    for (int64_t j = own.from; j < own.to; j++)
+        for (int64_t t = 0; t < m; t++) out[t * stride + j] = dot_plain(p, first + (index ? index[j] : j), bits, x + t);
 }
 
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, range own) {
+void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, int64_t k,
+              int64_t m, float *y, range own) {
     if (!p->fine) bits = 4;
 #ifdef VECTORS
     if (p->group == 64) {
-        BY_BITS(tiles_of, p, first, index, h, k, own.from, own.to, y)
+        BY_BITS(tiles_of, p, first, index, h, stride, k, m, own.from, own.to, y)
         return;
     }
 #endif
-    add_plain(p, bits, first, index, h, k, own.from, own.to, y);
+    for (int64_t t = 0; t < m; t++) add_plain(p, bits, first, index, h + t * stride, k, own.from, own.to, y + t * p->d);
 }
 
 static inline uint16_t to_bfloat16(float f) { /* finite, to nearest even */
@@ -169,7 +236,7 @@ int64_t planes_dot(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     for (int64_t t = 0; t < n; t++) {
         round_vector(x + t * d, d, group, &own);
 #pragma omp parallel num_threads(threads)
-        rows_dot(&p, bits, 0, index ? index + t * k : NULL, k, &own, out + t * k, share(k, 4, me()));
+        rows_dot(&p, bits, 0, index ? index + t * k : NULL, k, &own, 1, out + t * k, 0, share(k, 4, me()));
     }
     free(own.code);
     return -1;
@@ -178,22 +245,24 @@ int64_t planes_dot(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
 /* out[n, rows of all layers] of x[n, d]: layers of one d and group, at one call */
 int64_t layers_dot(const layer *layers, int64_t n_layers, int64_t n, const float *x, float *out, int threads) {
     const int64_t d = layers[0].d, group = layers[0].group;
-    rounded own;
-    if (!new_rounded(d, group, &own)) return OUT_OF_MEMORY;
-    for (int64_t t = 0; t < n; t++) {
-        round_vector(x + t * d, d, group, &own);
+    const layer *const end = layers + n_layers;
+    int64_t all = 0;
+    for (const layer *l = layers; l < end; l++) all += l->n_rows;
+    rounded *own = new_rounded_all(d, group, n);
+    if (!own) return OUT_OF_MEMORY;
+    for (int64_t t = 0; t < n; t++) round_vector(x + t * d, d, group, own + t);
 #pragma omp parallel num_threads(threads)
-        {
-            float *to = out;
-            for (const layer *l = layers; l < layers + n_layers; to += l++->n_rows) {
-                const planes p = {l->planes[0], l->planes[1], l->planes[2], l->planes[3], l->n_rows, d, group};
-                rows_dot(&p, l->bits, 0, NULL, l->n_rows, &own, to, share(l->n_rows, 4, me()));
-            }
+    {
+        float *to = out;
+        for (const layer *l = layers; l < end; to += l++->n_rows) {
+            const planes p = {l->planes[0], l->planes[1], l->planes[2], l->planes[3], l->n_rows, d, group};
+            rows_dot(&p, l->bits, 0, NULL, l->n_rows, own, n, to, all, share(l->n_rows, 4, me()));
         }
-        for (const layer *l = layers; l < layers + n_layers; out += l++->n_rows)
-            for (int64_t i = 0; l->bias && i < l->n_rows; i++) out[i] += l->bias[i];
     }
-    free(own.code);
+    for (int64_t t = 0; t < n; t++)
+        for (const layer *l = layers; l < end; out += l++->n_rows)
+            for (int64_t i = 0; l->bias && i < l->n_rows; i++) out[i] += l->bias[i];
+    free_rounded(own, n);
     return -1;
 }
 
@@ -207,7 +276,7 @@ int64_t planes_add(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     memset(out, 0, n * d * sizeof(float));
     for (int64_t t = 0; t < n && k; t++) {
 #pragma omp parallel num_threads(threads)
-        rows_add(&p, bits, 0, index + t * k, h + t * k, k, out + t * d, share(d / group, 1, me()));
+        rows_add(&p, bits, 0, index + t * k, h + t * k, 0, k, 1, out + t * d, share(d / group, 1, me()));
     }
     return -1;
 }

@@ -44,6 +44,8 @@ typedef struct {
 
 /* memory for one; 0 = there is none. To be freed: code */
 int new_rounded(int64_t d, int64_t group, rounded *x);
+rounded *new_rounded_all(int64_t d, int64_t group, int64_t n); /* n of them, NULL if there is no memory */
+void free_rounded(rounded *x, int64_t n);
 void round_vector(const float *x, int64_t d, int64_t group, rounded *to);
 
 /* one thread of a team, by its number */
@@ -61,11 +63,13 @@ static inline range share(int64_t n, int64_t step, part whose) {
     return (range){from < n ? from : n, from + each < n ? from + each : n};
 }
 
-/* out[j] = row[index[j]] . x for the j of a range of k; index NULL: rows first, first + 1, ... */
-void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, float *out, range own);
+/* out[t * stride + j] = row[index[j]] . x[t] for the j of a range of k and m vectors; index NULL: rows first, first + 1, ... */
+void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, int64_t m, float *out,
+              int64_t stride, range own);
 
-/* y[d] += sum over k of h[j] * row[index[j]] for a range of the groups of columns */
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t k, float *y, range own);
+/* y[t, d] += sum over k of h[t * stride + j] * row[index[j]] for a range of the groups of columns and m sums */
+void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, int64_t k,
+              int64_t m, float *y, range own);
 
 #define AHEAD 8 /* rows whose lines are fetched meanwhile */
 #define OUT_OF_MEMORY INT64_MAX

@@ -4,6 +4,9 @@
 #define VECTORS 1
 #define AT_ONCE 4 /* rows, so that x is loaded once for all */
 #define TILE 16   /* rows whose factors share a scale per group */
+#define GROUPS 16 /* of columns, whose sums are kept at a time */
+#define MOST_VECTORS 16
+#define SUMS 4 /* tokens whose sums stay in registers */
 
 static inline __m512i pairs64(const uint8_t *c) {
     const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
@@ -78,6 +81,45 @@ static inline __attribute__((always_inline)) void dots(const planes *p, const in
     }
 }
 
+/* The products of two rows with m vectors, of which the rows are unpacked once; m is known where this is compiled, so that
+ * the sums stay in registers. out[t * stride + r] */
+static inline __attribute__((always_inline)) void pair_dots(const planes *p, const int64_t *row, const int64_t *next, int bits,
+                                                            const rounded *x, int m, float out[2][MOST_VECTORS]) {
+    const int64_t groups = p->d / 64;
+    __m512 sum[2][MOST_VECTORS], offset[2][MOST_VECTORS];
+    for (int r = 0; r < 2; r++)
+        for (int t = 0; t < m; t++) sum[r][t] = offset[r][t] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g += 16) {
+        const int64_t n = groups - g < 16 ? groups - g : 16;
+        float scaled[2][MOST_VECTORS][16];
+        for (int r = 0; r < 2; r++) {
+            __builtin_prefetch(p->scale + next[r] * groups + g);
+            const __m512 scale = halves(p->scale + row[r] * groups + g, n);
+            for (int t = 0; t < m; t++) {
+                offset[r][t] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(x[t].total + g), offset[r][t]);
+                _mm512_storeu_ps(scaled[r][t], _mm512_mul_ps(scale, _mm512_loadu_ps(x[t].step + g)));
+            }
+        }
+        for (int64_t i = 0; i < n; i++) {
+            for (int r = 0; r < 2; r++)
+                if (!((g + i) & 1)) fetch(p, next[r], bits, g + i);
+            const __m512i u[2] = {numbers(p, row[0], bits, g + i), numbers(p, row[1], bits, g + i)};
+            for (int t = 0; t < m; t++) {
+                const __m512i codes = _mm512_loadu_si512(x[t].code + (g + i) * 64);
+                for (int r = 0; r < 2; r++) {
+                    const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), u[r], codes);
+                    sum[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(scaled[r][t][i]), _mm512_cvtepi32_ps(whole), sum[r][t]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < 2; r++)
+        for (int t = 0; t < m; t++) {
+            const __m512 both = _mm512_fnmadd_ps(_mm512_set1_ps(MIDDLE[bits]), offset[r][t], sum[r][t]);
+            out[r][t] = _mm512_reduce_add_ps(both) / cells(bits);
+        }
+}
+
 /* Factors of TILE rows for 16 groups in 8 bits: word[q][i] holds those of rows 4 q to 4 q + 3 for group i, step their unit;
  * what they leave over stays in f. */
 static inline void round_factors(__m512 f[TILE], int32_t word[TILE / 4][16], float step[16]) {
@@ -109,19 +151,26 @@ static inline void unshuffled(const float *y, float *to) {
             for (int c = 0; c < 4; c++) to[lane * 16 + i * 4 + c] += y[i * 16 + lane * 4 + c];
 }
 
-/* y += sum over rows of factor * number, total += sum of the factors as they were rounded, of the groups g to g + n.
- * Rows of more than their base's bits take factors in 15 bits. */
+/* y[t] += sum over rows of factor * number, total[t] += sum of the factors as they were rounded, of the groups g to g + n, for
+ * m tokens, for which the rows are unpacked once; m is known where this is compiled. scale: of the rows; h[t][r]: what they
+ * are multiplied with. Rows of more than their base's bits take factors in 15 bits. */
 static inline __attribute__((always_inline)) void add_groups(const planes *p, const int64_t *row, const int64_t *next, int bits,
-                                                             int64_t g, int64_t n, __m512 f[TILE], float *y, __m512 *total) {
-    int32_t word[TILE / 4][16], finer[TILE / 4][16];
-    float step[16], small[16];
-    for (int r = 0; r < TILE; r++) *total = _mm512_add_ps(*total, f[r]);
-    round_factors(f, word, step);
-    if (bits > 4) round_factors(f, finer, small);
-    for (int r = 0; r < TILE; r++) *total = _mm512_sub_ps(*total, f[r]);
+                                                             int64_t g, int64_t n, const __m512 scale[TILE],
+                                                             float h[][TILE], int m, float y[][GROUPS * 64], __m512 *total) {
+    int32_t word[SUMS][TILE / 4][16], finer[SUMS][TILE / 4][16];
+    float step[SUMS][16], small[SUMS][16];
+    for (int t = 0; t < m; t++) {
+        __m512 f[TILE];
+        for (int r = 0; r < TILE; r++) f[r] = _mm512_mul_ps(scale[r], _mm512_set1_ps(h[t][r]));
+        for (int r = 0; r < TILE; r++) total[t] = _mm512_add_ps(total[t], f[r]);
+        round_factors(f, word[t], step[t]);
+        if (bits > 4) round_factors(f, finer[t], small[t]);
+        for (int r = 0; r < TILE; r++) total[t] = _mm512_sub_ps(total[t], f[r]);
+    }
     for (int64_t i = 0; i < n; i++) {
-        __m512i sum[4], rest[4];
-        for (int c = 0; c < 4; c++) sum[c] = rest[c] = _mm512_setzero_si512();
+        __m512i sum[SUMS][4], rest[SUMS][4];
+        for (int t = 0; t < m; t++)
+            for (int c = 0; c < 4; c++) sum[t][c] = rest[t][c] = _mm512_setzero_si512();
         for (int q = 0; q < TILE / 4; q++) {
             __m512i u[4];
             for (int r = 0; r < 4; r++) {
@@ -132,43 +181,56 @@ static inline __attribute__((always_inline)) void add_groups(const planes *p, co
             const __m512i c = _mm512_unpacklo_epi8(u[2], u[3]), e = _mm512_unpackhi_epi8(u[2], u[3]);
             const __m512i own[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, e),
                                     _mm512_unpackhi_epi16(b, e)};
+            for (int t = 0; t < m; t++)
+                for (int part = 0; part < 4; part++) {
+                    sum[t][part] = _mm512_dpbusd_epi32(sum[t][part], own[part], _mm512_set1_epi32(word[t][q][i]));
+                    if (bits > 4)
+                        rest[t][part] = _mm512_dpbusd_epi32(rest[t][part], own[part], _mm512_set1_epi32(finer[t][q][i]));
+                }
+        }
+        for (int t = 0; t < m; t++)
             for (int part = 0; part < 4; part++) {
-                sum[part] = _mm512_dpbusd_epi32(sum[part], own[part], _mm512_set1_epi32(word[q][i]));
-                if (bits > 4) rest[part] = _mm512_dpbusd_epi32(rest[part], own[part], _mm512_set1_epi32(finer[q][i]));
+                add_to(y[t] + i * 64 + part * 16, sum[t][part], _mm512_set1_ps(step[t][i]));
+                if (bits > 4) add_to(y[t] + i * 64 + part * 16, rest[t][part], _mm512_set1_ps(small[t][i]));
             }
-        }
-        for (int part = 0; part < 4; part++) {
-            add_to(y + i * 64 + part * 16, sum[part], _mm512_set1_ps(step[i]));
-            if (bits > 4) add_to(y + i * 64 + part * 16, rest[part], _mm512_set1_ps(small[i]));
-        }
     }
 }
 
-/* y[groups from to to] += sum of rows */
+/* y[t, groups from to to] += sum of rows, for m tokens, at most MOST_VECTORS; h[t, k] and y[t, d] */
 static inline __attribute__((always_inline)) void add_tiles(const planes *p, int bits, int64_t first, const int64_t *index,
-                                                            const float *h, int64_t k, int64_t from, int64_t to, float *y) {
+                                                            const float *h, int64_t h_stride, int64_t k, int64_t m, int64_t from,
+                                                            int64_t to, float *y) {
     const int64_t groups = p->d / 64;
-    for (int64_t g = from; g < to; g += 16) { /* sums of so many columns stay in the cache */
-        const int64_t n = to - g < 16 ? to - g : 16;
-        float own[16 * 64] = {0};
-        __m512 total = _mm512_setzero_ps();
+    for (int64_t g = from; g < to; g += GROUPS) { /* sums of so many columns stay in the cache */
+        const int64_t n = to - g < GROUPS ? to - g : GROUPS;
+        float own[MOST_VECTORS][GROUPS * 64];
+        __m512 total[MOST_VECTORS];
+        memset(own, 0, m * sizeof(own[0]));
+        for (int64_t t = 0; t < m; t++) total[t] = _mm512_setzero_ps();
         for (int64_t j = 0; j < k; j += TILE) {
             int64_t row[TILE], next[TILE];
-            __m512 f[TILE];
+            __m512 scale[TILE];
+            float factor[MOST_VECTORS][TILE];
             for (int r = 0; r < TILE; r++) {
                 row[r] = first + index[j + r < k ? j + r : k - 1];
                 next[r] = first + index[j + TILE + r < k ? j + TILE + r : k - 1];
                 __builtin_prefetch(p->scale + next[r] * groups + g);
-                const float factor = j + r < k ? h[j + r] / cells(bits) : 0;
-                f[r] = _mm512_mul_ps(halves(p->scale + row[r] * groups + g, n), _mm512_set1_ps(factor));
+                scale[r] = halves(p->scale + row[r] * groups + g, n);
+                for (int64_t t = 0; t < m; t++) factor[t][r] = j + r < k ? h[t * h_stride + j + r] / cells(bits) : 0;
             }
-            add_groups(p, row, next, bits, g, n, f, own, &total);
+            int64_t t = 0;
+            if (bits <= 4)
+                for (; t + 4 <= m; t += 4) add_groups(p, row, next, bits, g, n, scale, factor + t, 4, own + t, total + t);
+            for (; t + 2 <= m; t += 2) add_groups(p, row, next, bits, g, n, scale, factor + t, 2, own + t, total + t);
+            if (t < m) add_groups(p, row, next, bits, g, n, scale, factor + t, 1, own + t, total + t);
         }
-        float middle[16];
-        _mm512_storeu_ps(middle, _mm512_mul_ps(total, _mm512_set1_ps(-MIDDLE[bits])));
-        for (int64_t i = 0; i < n; i++) {
-            for (int c = 0; c < 64; c++) own[i * 64 + c] += middle[i];
-            unshuffled(own + i * 64, y + (g + i) * 64);
+        for (int64_t t = 0; t < m; t++) {
+            float middle[16];
+            _mm512_storeu_ps(middle, _mm512_mul_ps(total[t], _mm512_set1_ps(-MIDDLE[bits])));
+            for (int64_t i = 0; i < n; i++) {
+                for (int c = 0; c < 64; c++) own[t][i * 64 + c] += middle[i];
+                unshuffled(own[t] + i * 64, y + t * p->d + (g + i) * 64);
+            }
         }
     }
 }

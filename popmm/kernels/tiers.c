@@ -147,17 +147,15 @@ typedef struct {
 } memory;
 
 static void free_memory(memory *own, int64_t m) {
-    for (int64_t t = 0; own->x && t < m; t++) free(own->x[t].code);
-    free(own->x), free(own->values), free(own->sums);
+    free_rounded(own->x, m);
+    free(own->values), free(own->sums);
 }
 
 static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int threads, memory *own) {
-    own->x = calloc(m, sizeof(rounded));
+    own->x = new_rounded_all(d, group, m);
     own->values = malloc((3 * m + 2) * d_ff * sizeof(float));
     own->sums = malloc(m * threads * sizeof(double));
-    int there = own->x && own->values && own->sums;
-    for (int64_t t = 0; there && t < m; t++) there = new_rounded(d, group, own->x + t);
-    if (!there) {
+    if (!own->x || !own->values || !own->sums) {
         free_memory(own, m);
         return 0;
     }
@@ -165,8 +163,6 @@ static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int thr
     own->key = (uint32_t *)(own->gates + m * d_ff), own->work = own->key + d_ff;
     return 1;
 }
-
-#define TOGETHER 32 /* rows that are read for one token after the other, while they are near */
 
 /* y[n, d] of x[n, d]; index[n, K]: the channels read, the best tier first, rising within each.
  *
@@ -202,10 +198,7 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
             const range own_rows = share(d_ff, 4, whose);
             const int64_t low = own_rows.from, high = own_rows.to;
             if (chooses || bits[0] == base || most == base) {
-                for (int64_t r = low, step = m > 1 ? TOGETHER : high - low; r < high; r += step)
-                    for (int64_t t = 0; t < m; t++)
-                        rows_dot(&g, base, from, NULL, d_ff, own.x + t, own.values + t * d_ff,
-                                 (range){r, r + step < high ? r + step : high});
+                rows_dot(&g, base, from, NULL, d_ff, own.x, m, own.values, d_ff, own_rows);
                 for (int64_t t = 0; t < m; t++) {
                     float *const values = own.values + t * d_ff;
                     if (gate_bias)
@@ -247,13 +240,9 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++]) {
                 const range ours = share(count[i], 4, whose);
                 const int64_t *const mine = index + at;
-                for (int64_t r = ours.from, step = m > 1 ? TOGETHER : ours.to - ours.from; r < ours.to; r += step)
-                    for (int64_t t = 0; t < m; t++) {
-                        const range few = {r, r + step < ours.to ? r + step : ours.to};
-                        if (up) rows_dot(&u, (int)bits[i], from, mine, count[i], own.x + t, own.h + t * d_ff + at, few);
-                        if (bits[i] > base && most > base)
-                            rows_dot(&g, (int)bits[i], from, mine, count[i], own.x + t, own.gates + t * d_ff + at, few);
-                    }
+                if (up) rows_dot(&u, (int)bits[i], from, mine, count[i], own.x, m, own.h + at, d_ff, ours);
+                if (bits[i] > base && most > base)
+                    rows_dot(&g, (int)bits[i], from, mine, count[i], own.x, m, own.gates + at, d_ff, ours);
                 for (int64_t t = 0; t < m; t++) {
                     float *const h = own.h + t * d_ff + at, *const gates = own.gates + t * d_ff + at;
                     const float *const values = own.values + t * d_ff;
@@ -270,10 +259,7 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
             }
 #pragma omp barrier
             for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
-                for (int64_t r = 0, step = m > 1 ? TOGETHER : count[i]; r < count[i]; r += step)
-                    for (int64_t t = 0; t < m; t++)
-                        rows_add(&w, (int)bits[i], from, index + at + r, own.h + t * d_ff + at + r,
-                                 r + step < count[i] ? step : count[i] - r, y + (t0 + t) * d, share(d / group, 1, whose));
+                rows_add(&w, (int)bits[i], from, index + at, own.h + at, d_ff, count[i], m, y + t0 * d, share(d / group, 1, whose));
         }
         for (int64_t t = 1; t < m; t++) memcpy(index + t * of.all, index, of.all * sizeof(int64_t));
     }

@@ -6,10 +6,9 @@ token reads all gate rows, and up rows and down columns of the best channels, th
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
-from popmm.method.tiers import PLAIN_BITS, TierSizes, row_bits, tier_sizes
+from popmm.method.tiers import PLAIN_BITS, TierSizes, allot, between, row_bits, tier_sizes
 
 BITS = 4
 # by share of the bytes: shares of the channels whose down columns are read in 8 bits, and in 6; what is left goes to
@@ -48,22 +47,9 @@ def one_plane_sizes(d_ff: int, share: float, group: int, weight_bits: int | None
             f"FFN's bytes at 16 bits, before any channel, and may read {share:.1%}: give bytes={least + 0.02:.2f} or "
             "more"
         )
-    counts, free = [], d_ff
-    for bits, wanted in zip((8, 6, 4), (*_split(share), 1.0)):
-        n = max(0, min(free, round(wanted * d_ff), int(left / _cost(bits, group) * d_ff + 0.5)))
-        counts.append((bits, n))
-        free, left = free - n, left - n * _cost(bits, group) / d_ff
-    read = sum(n for _, n in counts)
-    return OnePlaneSizes(d_ff, read, 0, d_ff, tuple((bits, n) for bits, n in counts if n))
+    tiers = allot(d_ff, left, (8, 6, 4), between(SPLITS, share), lambda bits: _cost(bits, group))
+    return OnePlaneSizes(d_ff, sum(n for _, n in tiers), 0, d_ff, tiers)
 
 
 def _cost(bits: int, group: int) -> float:
     return row_bits(BITS, group) + row_bits(bits, group)
-
-
-def _split(share: float) -> tuple[float, float]:
-    for (low, *before), (high, *after) in itertools.pairwise(SPLITS):
-        if share <= high:
-            t = (share - low) / (high - low)
-            return tuple(a + t * (b - a) for a, b in zip(before, after))
-    return SPLITS[-1][1:]

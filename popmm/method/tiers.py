@@ -10,6 +10,7 @@ there are no up rows.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,25 +114,38 @@ def tier_sizes(
             f"selection='tiers' reads {base} bits of every gate row, {least:.1%} of the FFN's bytes at 16 bits, "
             f"before any channel, and may read {share:.1%}: give bytes={least + 0.02:.2f} or more"
         )
-    counts, free = [], d_ff
-    for bits, wanted in zip((base + 4, base + 2, base), (*_split(share, base, group, tokens, matrices), 1.0)):
-        cost = _cost(bits, group, matrices)
-        n = max(0, min(free, round(wanted * d_ff), int(left / cost * d_ff + 0.5)))
-        counts.append((bits, n))
-        free, left = free - n, left - n * cost / d_ff
-    read = sum(n for _, n in counts)
-    return TierSizes(d_ff, read, 0, d_ff, tuple((bits, n) for bits, n in counts if n), matrices)
-
-
-def _split(share: float, base: int, group: int, tokens: int, matrices: int) -> tuple[float, float]:
-    """Shares of the channels read in all planes and in two, between the points of the tables."""
     table = (SPLITS if tokens == 1 else SEVERAL)[base]
     points = [(_share(point, base, group, matrices), *point[1:]) for point in table]
+    precisions = (base + 4, base + 2, base)
+    tiers = allot(d_ff, left, precisions, between(points, share), lambda bits: _cost(bits, group, matrices))
+    return TierSizes(d_ff, sum(n for _, n in tiers), 0, d_ff, tiers, matrices)
+
+
+def between(points: Sequence[tuple[float, ...]], share: float) -> tuple[float, ...]:
+    """What a table ``(share, ...)`` says at a share, between its points."""
     for (low, *before), (high, *after) in itertools.pairwise(points):
         if share <= high:
             t = (share - low) / (high - low)
             return tuple(a + t * (b - a) for a, b in zip(before, after))
     return points[-1][1:]
+
+
+def allot(
+    d_ff: int, left: float, precisions: Sequence[int], wanted: Sequence[float], cost: Callable[[int], float]
+) -> tuple[tuple[int, int], ...]:
+    """Tiers (bits, channels) that cost what is left, the best first.
+
+    Args:
+        left: bits per channel and model dimension.
+        wanted: shares of the channels, of all tiers but the last, which gets the rest.
+        cost: of a channel read in so many bits, per model dimension.
+    """
+    counts, free = [], d_ff
+    for bits, part in zip(precisions, (*wanted, 1.0)):
+        n = max(0, min(free, round(part * d_ff), int(left / cost(bits) * d_ff + 0.5)))
+        counts.append((bits, n))
+        free, left = free - n, left - n * cost(bits) / d_ff
+    return tuple((bits, n) for bits, n in counts if n)
 
 
 def _share(point: tuple[float, float, float], base: int, group: int, matrices: int) -> float:
