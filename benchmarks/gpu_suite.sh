@@ -42,7 +42,7 @@ else
     bench 110 llama-b1 --shape llama-3.1-8b --selections mask,keep,gate4,tiers,tiers8 --ratios 0.4 --int8 "${full[@]}"
     lossless=(--dtype bfloat16 --layers 8 --texts 4 --new-tokens 96 --replay 0.94)
     bench 80 llama-lossless --lossless --shape llama-3.1-8b "${lossless[@]}"
-    bench 60 llama-b8 --shape llama-3.1-8b --batch 8 --selections keep,gate16 --ratios 0.4 "${full[@]}"
+    bench 60 llama-b8 --shape llama-3.1-8b --batch 8 --selections keep --ratios 0.4 --bytes 0.33 "${full[@]}"
     bench 70 qwen-moe-b1 --shape qwen1.5-moe --selections keep,gate4,tiers --ratios 0.2 "${full[@]}"
     bench 60 qwen-moe-b8 --shape qwen1.5-moe --batch 8 --selections keep --ratios 0.2 "${full[@]}"
     bench 60 qwen-vl-b1 --shape qwen2.5-vl-7b --selections keep,gate16 --ratios 0.4 "${full[@]}"
