@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .base import UnsupportedModelError
 from .between import TOLERANCE
 from .forms import base_of, linear_shape
-from .weights import FLOATS, is_machine_failure
+from .weights import FLOATS, Reading, is_machine_failure
 
 AT_ONCE = 1024  # unit vectors
 
@@ -109,5 +109,5 @@ def _without_bias(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _answer(layer: nn.Module, x: Tensor) -> Tensor:
     """Past the layer's hooks, which are for the model's own passes, and past whatever autocast is on around them."""
-    with torch.autocast(x.device.type, enabled=False):
+    with Reading(), torch.autocast(x.device.type, enabled=False):
         return layer.forward(x)

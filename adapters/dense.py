@@ -94,7 +94,8 @@ def _packed(layers: dict[str, nn.Module], kind: str) -> Packed | None:
         reason = "" if name in quantised else own(layer, name)
         if reason:
             raise UnsupportedModelError(f"{kind} is an FFN that cannot be read: {reason}")
-    return Packed(quantised) if quantised else None
+    plain = [layer for name, layer in layers.items() if name not in quantised]
+    return Packed(quantised, plain) if quantised else None
 
 
 def _site(module: nn.Module, reading: Reading, combine: Callable, packed: Packed | None) -> FFNSite:
@@ -215,7 +216,9 @@ def _probe(
             ours = ours if reduce is None else reduce(ours)
             if close(ours, expected, tolerance):
                 if packed is not None:
-                    packed.one_plane = views.up is not None and on_grid(views.gate) and on_grid(views.up)
+                    packed.one_plane = (
+                        not packed.exact and views.up is not None and on_grid(views.gate) and on_grid(views.up)
+                    )
                 return found
     raise UnsupportedModelError(
         f"{kind} has the layers of {'a gated FFN' if candidates[0].reading.gated else 'an FFN without a gate'} but "

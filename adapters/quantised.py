@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from . import adapted
 from .base import UnsupportedModelError
 from .forms import linear_shape
-from .weights import FLOATS, is_machine_failure
+from .weights import FLOATS, Reading, is_machine_failure
 
 CLOSE = 2e-2  # of the largest output: layers round what they are given
 QUANTISED_CLOSE = 5 * CLOSE  # two layers one after the other, whose inputs may be 8-bit floats
@@ -136,7 +136,8 @@ def _answers_by(layer: nn.Module, weights: Tensor, name: str, dtype: torch.dtype
 
 def _run(layer: nn.Module, x: Tensor, name: str) -> Tensor:
     try:
-        return layer(x)
+        with Reading():
+            return layer(x)
     except Exception as error:
         if is_machine_failure(error):
             raise
@@ -205,8 +206,8 @@ def identity(layers: list[nn.Module]) -> tuple:
 class Packed:
     """The layers of one FFN whose weights are not there as a tensor: quantised ones, and ones with adapters."""
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, layers: dict[str, nn.Module], plain: list[nn.Module]) -> None:
+        self.layers, self._all = layers, [*layers.values(), *plain]
         self.one_plane = False  # until the values are known
         self._dtype = _activations.get()
         self._stand_ins: dict[int, Tensor] = {}
@@ -222,10 +223,10 @@ class Packed:
         return all(adapted.is_adapted(layer) for layer in self.layers.values())
 
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in packed(layer))
+        return sum(t.numel() * t.element_size() for layer in self._all for t in packed(layer))
 
     def identity(self) -> tuple:
-        return identity(list(self.layers.values()))
+        return identity(self._all)
 
     def weight(self, layer: nn.Module) -> Tensor:
         """A layer's weights, dequantised."""

@@ -37,8 +37,10 @@ class PackedExperts:
         return sum(t.numel() * t.element_size() for name in PROJECTIONS for t in packed_tensors(self._data(name)))
 
     def identity(self) -> tuple:
-        tensors = [t for p in self.module.parameters(False) for t in packed_tensors(p.data)]
-        return tuple((t.data_ptr(), tuple(t.shape), None if t.is_inference() else t._version) for t in tensors)
+        own = list(self.module.parameters(False))
+        tensors = [t for p in own for t in packed_tensors(p.data)]
+        places = tuple((t.data_ptr(), tuple(t.shape)) for t in tensors)
+        return places, tuple(None if t.is_inference() else t._version for t in (*own, *tensors))
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:

@@ -20,7 +20,7 @@ from .between import SCALES, TOLERANCE, Reading, activate, close, samples
 from .dense import INLINE, activations_of, described
 from .forms import linear_shape
 from .sharded import is_spread
-from .weights import check_finite, is_machine_failure
+from .weights import check_finite, is_machine_failure, why_not_readable
 
 READING = Reading("first", None, "down", gated=False)
 
@@ -47,7 +47,8 @@ def pair_site(block: nn.Module, names: tuple[str, str], probe: bool) -> FFNSite:
     if any(map(is_spread, layers.values())):
         raise UnsupportedModelError(_said(names, "is spread over processes, and is no module by itself"))
     if probe:
-        check_finite({f"{name}.{key}": p for name, own in layers.items() for key, p in own.named_parameters()})
+        every = {f"{name}.{key}": p for name, own in layers.items() for key, p in own.named_parameters()}
+        check_finite({name: p for name, p in every.items() if not why_not_readable(p)})
     around = {id(part): part for name in names for part in _on_the_way(block, name)}
     if any(_tells_channels_apart(part, linear_shape(down)[0]) for part in around.values()):
         raise UnsupportedModelError(_said(names, _OTHERWISE))

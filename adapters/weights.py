@@ -13,6 +13,19 @@ from torch.nn.utils import parametrize
 from .base import BrokenWeightsError
 from .forms import is_linear
 
+
+class Reading:
+    """Whether layers are called to be read: what stands in for some of them lets such calls through."""
+
+    active = False
+
+    def __enter__(self) -> None:
+        self._before, Reading.active = Reading.active, True
+
+    def __exit__(self, *raised) -> None:
+        Reading.active = self._before
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOAD = (
     "load the model with unquantised weights (no quantization_config), or call model.dequantize() where it is offered"

@@ -114,7 +114,8 @@ class Around:
         ids = arguments.get("input_ids")
         if ids is None:
             return torch.ones(shape[0], dtype=torch.float32, device=arguments["inputs_embeds"].device)
-        return (~torch.isin(ids[:, 0], self._fillers_on(ids.device))).float()
+        votes = (~torch.isin(ids[:, 0], self._fillers_on(ids.device))).float()
+        return torch.where(votes.any(), votes, torch.ones_like(votes))  # all may have chosen such a token just now
 
     def _fillers_on(self, device: torch.device) -> Tensor:
         key = device, frozenset(self.fillers)

@@ -32,7 +32,8 @@ class FreedWeights:
     def overrides(self) -> list[Override]:
         """Refusals of what would read the freed weights, or move them without the planes."""
         refused = [(self.model, name) for name in ("save_pretrained", "state_dict", "_apply")]
-        refused += [(ffn.site.module, name) for ffn in self._ffns for name in ("state_dict", "_apply")]
+        modules = [part for ffn in self._ffns for part in (ffn.site.places.values() or [ffn.site.module])]
+        refused += [(module, name) for module in modules for name in ("state_dict", "_apply")]
         return [Override(module, name, self._refusing(getattr(module, name), name)) for module, name in refused]
 
     def _refusing(self, call: Callable, name: str) -> Callable:

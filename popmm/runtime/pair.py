@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from popmm.adapters.weights import Reading
 from popmm.runtime.dense import PrunedFFN
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
@@ -27,10 +28,18 @@ class PrunedPair(PrunedFFN):
 
         What the model's own code makes of the zeros in between is not looked at.
         """
+        if Reading.active:
+            return self._first(x)
         self._y = self.instead(x)
         return self._first(x) if self._y is None else x.new_zeros(*x.shape[:-1], self.sizes.d_ff)
 
+    def observe(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """As of other FFNs; what down was handed by ``enter`` is measured already."""
+        return super().observe(module, args) if self._y is None else None
+
     def leave(self, h: Tensor) -> Tensor:
         """Stands in for down."""
+        if Reading.active:
+            return self._down(h)
         y, self._y = self._y, None
         return self._down(h) if y is None else y

@@ -45,6 +45,11 @@ class Partitions:
         self._warned_of_hooks = False
 
     @property
+    def adapted(self) -> bool:
+        """Whether FFNs have adapters that are read into what decode reads."""
+        return any(ffn.site.packed is not None and ffn.site.packed.exact for ffn in self._ffns)
+
+    @property
     def prunes(self) -> bool:
         """Whether anything is pruned at all."""
         return any(not ffn.sizes.is_dense for ffn in self._ffns)

@@ -100,6 +100,11 @@ def exclusive(generate: Callable, runner: Runner, drafts: Drafts | None) -> Call
             if not runner.stateless:
                 raise RuntimeError(CONTINUOUS_BATCHING)
             return generate(*args, **kwargs)
+        if kwargs.get("adapter_names") is not None and runner.partitions.adapted:
+            raise ValueError(
+                "adapter_names gives rows adapters of their own, and pruned steps read FFNs with the active ones: call "
+                "generate for each adapter (set_adapter), or call popmm.detach(model) before it"
+            )
         with runner.phase.exclusive("generate", queues=True):
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             fillers = _tokens(setting("pad_token_id"), setting("eos_token_id"))
@@ -123,7 +128,11 @@ def _with_drafts(
     if around.why_dense:
         return args, kwargs
     call = bound_call(generate, args, kwargs)
-    call.arguments["custom_generate"] = drafts.decode
+    if "custom_generate" in call.signature.parameters:
+        call.arguments["custom_generate"] = drafts.decode
+    else:  # of a wrapper, such as PEFT's
+        rest = next(p.name for p in call.signature.parameters.values() if p.kind is p.VAR_KEYWORD)
+        call.arguments[rest] = {**call.arguments.get(rest, {}), "custom_generate": drafts.decode}
     return call.args, call.kwargs
 
 

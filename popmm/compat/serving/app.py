@@ -127,6 +127,8 @@ class State(GenerationState):
 class _Refusing:
     """What is not served is refused with the reason, before a token is read."""
 
+    UNREAD: frozenset[str] = frozenset()
+
     async def handle_request(self, body: dict, request_id: str):
         self._refuse_unserved(body)
         try:
@@ -140,7 +142,7 @@ class _Refusing:
     def _refuse_unserved(self, body: dict) -> None:
         if body.get("max_completion_tokens") is not None:  # which transformers 5.17 ignores
             body["max_tokens"] = body.pop("max_completion_tokens")
-        for name in sorted(self._unused_fields - HARMLESS):
+        for name in sorted((self._unused_fields | self.UNREAD) - HARMLESS):
             if body.get(name) and body[name] != SAYS_NOTHING.get(name):
                 raise HTTPException(400, f"{name} is not served: leave it out")
         for name, least, most in (("temperature", 0, 100), ("top_p", 0, 1), ("max_tokens", 1, math.inf)):
@@ -181,6 +183,8 @@ class Chat(_Refusing, ChatCompletionHandler):
 
 class Completion(_Refusing, CompletionHandler):
     """Texts to go on with."""
+
+    UNREAD = frozenset({"logit_bias"})  # by transformers' own handler, which takes it
 
 
 def _check_part(part: Any, modality: Modality) -> None:
