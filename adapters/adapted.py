@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from .base import UnsupportedModelError
 from .between import TOLERANCE
 from .forms import base_of, linear_shape
-from .weights import FLOATS, Reading, is_machine_failure
-
-AT_ONCE = 1024  # unit vectors
+from .weights import FLOATS, BeingRead, by_unit_vectors, data_of, is_machine_failure, without_bias
 
 _ADVICE = "merge it first, merge_and_unload()"
 
@@ -47,17 +45,17 @@ def values_of(layer: nn.Module, name: str) -> Tensor:
     try:
         found = _by_its_parts(layer)
         if found is None:
-            unit = torch.eye(inputs, dtype=like.dtype, device=like.device)
-            found = torch.cat([_without_bias(layer, part) for part in unit.split(AT_ONCE)]).mT.contiguous()
+            found = by_unit_vectors(lambda x: without_bias(layer, _answer(layer, x)), inputs, like.dtype, like.device)
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(4, inputs, generator=generator, dtype=torch.float32, device="cpu").to(like)
-        expected, nothing = _without_bias(layer, x).float(), _without_bias(layer, torch.zeros_like(x))
+        expected, nothing = (without_bias(layer, _answer(layer, own)) for own in (x, torch.zeros_like(x)))
     except Exception as error:
         if is_machine_failure(error):
             raise
         raise UnsupportedModelError(
             f"{name} is a {kind_of(layer)} that does not run on hidden states alone ({error}): {_ADVICE}"
         ) from error
+    expected = expected.float()
     off = (x.float() @ found.float().mT - expected).abs().max()
     if nothing.any() or not off <= TOLERANCE[found.dtype] * expected.abs().max():
         raise UnsupportedModelError(
@@ -96,18 +94,11 @@ def _like(layer: nn.Module) -> Tensor | None:
     """A weight of the dtype and device of a layer's inputs."""
     while base_of(layer) is not None:
         layer = base_of(layer)
-    weight = getattr(layer, "weight", None)
-    data = weight.data if type(weight) is nn.Parameter else weight
+    data = data_of(getattr(layer, "weight", None))
     return data if type(data) is Tensor and data.dtype in FLOATS else None
-
-
-def _without_bias(layer: nn.Module, x: Tensor) -> Tensor:
-    y = _answer(layer, x)
-    bias = getattr(layer, "bias", None)
-    return y - bias if isinstance(bias, Tensor) else y
 
 
 def _answer(layer: nn.Module, x: Tensor) -> Tensor:
     """Past the layer's hooks, which are for the model's own passes, and past whatever autocast is on around them."""
-    with Reading(), torch.autocast(x.device.type, enabled=False):
+    with BeingRead(), torch.autocast(x.device.type, enabled=False):
         return layer.forward(x)

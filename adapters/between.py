@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from popmm.method.activations import activate
+
 from .base import UnsupportedModelError
 from .forms import linear_shape
 from .weights import is_machine_failure
@@ -106,10 +108,6 @@ def run_between(
 def own_combine(module: nn.Module, reading: Reading, gate: Tensor, up: Tensor | None) -> Tensor:
     """The module's own combination of gate and up ``[..., n]``, its output's factor included."""
     return run_between(module, reading, gate, up)[1]
-
-
-def activate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor | None) -> Tensor:
-    return activation(gate) if up is None else activation(gate) * up
 
 
 @torch.no_grad()

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from popmm.compat import NOT_PARTS
 from popmm.kernels.grid import on_grid
+from popmm.method.activations import activate
 from popmm.method.ffn import FFNWeights, ffn
 
 from .adapted import is_adapted
 from .base import FFNSite, UnsupportedModelError, register
-from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, activate, close, find_combination, form_of
+from .between import ARRANGEMENTS, SCALES, TOLERANCE, Combination, Reading, close, find_combination, form_of
 from .forms import gated, linear_shape, mixes_tokens, projections, takes_hidden_states_alone, ungated
 from .quantised import QUANTISED_CLOSE, Packed, is_quantised
 from .sharded import bias_of_sum, by_channels, is_spread, local, processes, sum_over_processes, why_not_local

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from popmm.compat import default_apply_gate, is_expert_parallel
 from popmm.kernels.grid import on_grid
+from popmm.method.activations import activate
 from popmm.method.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
@@ -83,7 +84,7 @@ def verify_experts(site: FFNSite) -> None:
         UnsupportedModelError: they differ, or ``top_k`` is unknown; ``BrokenWeightsError`` names weights that are
             not finite.
     """
-    from popmm.method.expert_linear import expert_linear
+    from popmm.method.expert_linear import expert_linear, mixed
 
     module, w, kind = site.module, site.read(), type(site.module).__name__
     if site.packed is None:
@@ -99,8 +100,7 @@ def verify_experts(site: FFNSite) -> None:
     pairs = x.repeat_interleave(site.top_k, dim=0)
     up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
     h = site.combine(expert_linear(pairs, w.gate, experts, w.gate_bias), up)
-    y = expert_linear(h, w.down, experts, w.down_bias) * weight.flatten().unsqueeze(-1)
-    ours = y.view(PROBE_TOKENS, site.top_k, -1).sum(dim=1).to(x.dtype)
+    ours = mixed(expert_linear(h, w.down, experts, w.down_bias), weight, x)
     tolerance = TOLERANCE.get(x.dtype, 1e-4) if site.packed is None else QUANTISED_CLOSE
     try:
         theirs = module(x, index, weight)
@@ -152,10 +152,8 @@ def _split(module: nn.Module, gate_up: Tensor, dim: int) -> tuple[Tensor, Tensor
 
 
 def _combine(module: nn.Module, gate: Tensor, up: Tensor | None) -> Tensor:
-    if up is None:
-        return module.act_fn(gate)
-    if type(module)._apply_gate is default_apply_gate:
-        return module.act_fn(gate) * up
+    if up is None or type(module)._apply_gate is default_apply_gate:
+        return activate(module.act_fn, gate, up)
     if module.is_concatenated:
         return module._apply_gate(torch.cat([gate, up], dim=-1))
     return module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))

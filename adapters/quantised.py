@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from popmm.method.ffn import hollow
+
 from . import adapted
 from .base import UnsupportedModelError
 from .forms import linear_shape
-from .weights import FLOATS, Reading, is_machine_failure
+from .weights import FLOATS, BeingRead, by_unit_vectors, data_of, is_machine_failure, without_bias
 
 CLOSE = 2e-2  # of the largest output: layers round what they are given
 QUANTISED_CLOSE = 5 * CLOSE  # two layers one after the other, whose inputs may be 8-bit floats
-AT_ONCE = 1024  # unit vectors
 
 _REFUSED = "load the model with unquantised weights (no quantization_config), or in another format"
 _COMPUTES = "dequantize", "dequantize_weight"  # what layers of hqq and gptqmodel call it
@@ -51,7 +52,7 @@ def is_quantised(layer: nn.Module) -> bool:
         return any(t.dtype not in FLOATS for t in (*layer.parameters(False), *layer.buffers(False)))
     if weight.is_meta or weight.layout != torch.strided:
         return False
-    data = weight.data if type(weight) is nn.Parameter else weight
+    data = data_of(weight)
     if type(data).__name__ == "DTensor":
         return False
     if type(data) in (Tensor, nn.Parameter):
@@ -63,8 +64,7 @@ def kind_of(layer: nn.Module) -> str:
     """What to call a quantised layer's form."""
     if _by_compressed_tensors(layer):
         return "compressed-tensors layer"
-    weight = getattr(layer, "weight", None)
-    data = weight.data if type(weight) is nn.Parameter else weight
+    data = data_of(getattr(layer, "weight", None))
     plain = not isinstance(data, Tensor) or type(data) in (Tensor, nn.Parameter)
     return type(layer).__name__ if plain else type(data).__name__
 
@@ -91,9 +91,7 @@ def dequantised(layer: nn.Module, name: str, dtype: torch.dtype | None = None) -
             if tuple(found.shape) == (outputs, inputs) and _answers_by(layer, found, name, dtype):
                 return found.contiguous()
     device = next(packed(layer)).device
-    unit = torch.eye(inputs, dtype=dtype, device=device)
-    rows = [_without_bias(layer, _run(layer, part, name)) for part in unit.split(AT_ONCE)]
-    found = torch.cat(rows).mT.contiguous()
+    found = by_unit_vectors(lambda x: without_bias(layer, _run(layer, x, name)), inputs, dtype, device)
     if not _answers_by(layer, found, name, dtype):
         raise UnsupportedModelError(
             f"{name} is a {kind_of(layer)}, whose answers are not those of the weights it can be read as: {_REFUSED}"
@@ -103,8 +101,7 @@ def dequantised(layer: nn.Module, name: str, dtype: torch.dtype | None = None) -
 
 def _told(layer: nn.Module) -> Iterator[Tensor]:
     """What a layer's tensor, or its class, says of its weights."""
-    weight = getattr(layer, "weight", None)
-    data = weight.data if type(weight) is nn.Parameter else weight
+    data = data_of(getattr(layer, "weight", None))
     if type(data) in (Tensor, nn.Parameter):
         found = [lambda: data.detach()]
     else:
@@ -130,13 +127,13 @@ def _answers_by(layer: nn.Module, weights: Tensor, name: str, dtype: torch.dtype
     size = torch.randint(-2, 1, shape, generator=generator, dtype=torch.int64, device="cpu").float().exp2()
     sign = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
     x = (size * sign).to(dtype=dtype, device=weights.device)
-    expected, ours = _without_bias(layer, _run(layer, x, name)).float(), x.float() @ weights.float().mT
+    expected, ours = without_bias(layer, _run(layer, x, name)).float(), x.float() @ weights.float().mT
     return bool(torch.isfinite(ours).all() and (ours - expected).abs().max() <= CLOSE * expected.abs().max())
 
 
 def _run(layer: nn.Module, x: Tensor, name: str) -> Tensor:
     try:
-        with Reading():
+        with BeingRead():
             return layer(x)
     except Exception as error:
         if is_machine_failure(error):
@@ -166,18 +163,13 @@ def _dtypes(layer: nn.Module) -> list[torch.dtype]:
     return list(dict.fromkeys(every))
 
 
-def _without_bias(layer: nn.Module, y: Tensor) -> Tensor:
-    bias = getattr(layer, "bias", None)
-    return y if not isinstance(bias, Tensor) else y - bias
-
-
 def packed(layer: nn.Module) -> Iterator[Tensor]:
     """The plain tensors in which a layer keeps its weights, without the bias."""
     inside = adapted.is_adapted(layer)
     own = (*layer.named_parameters(recurse=inside), *layer.named_buffers(recurse=inside))
     for name, tensor in own:
         if name.rpartition(".")[2] != "bias":
-            yield from packed_tensors(tensor.data if type(tensor) is nn.Parameter else tensor)
+            yield from packed_tensors(data_of(tensor))
     state = vars(getattr(getattr(layer, "weight", None), "quant_state", None) or object).get("absmax")  # bitsandbytes
     if isinstance(state, Tensor):
         yield state
@@ -196,11 +188,20 @@ def packed_tensors(t: Tensor) -> Iterator[Tensor]:
 
 def identity(layers: list[nn.Module]) -> tuple:
     """What changes when a layer's packed weights are replaced or written."""
-    tensors = [t for layer in layers for t in packed(layer)]
     own = [t for layer in layers for t in (*layer.parameters(False), *layer.buffers(False))]  # biases too
-    places = tuple((t.data_ptr(), tuple(t.shape)) for t in tensors)
     answers = tuple(adapted.answer_of(layer) for layer in layers if adapted.is_adapted(layer))
-    return places, answers, tuple(None if t.is_inference() else t._version for t in (*own, *tensors))
+    return answers, places_and_versions([t for layer in layers for t in packed(layer)], own)
+
+
+def places_and_versions(inside: list[Tensor], outside: list[Tensor]) -> tuple:
+    """What changes when tensors are replaced or written.
+
+    Args:
+        inside: the plain ones that hold the values.
+        outside: those that they stand in, which count writes by themselves.
+    """
+    places = tuple((t.data_ptr(), tuple(t.shape)) for t in inside)
+    return places, tuple(None if t.is_inference() else t._version for t in (*outside, *inside))
 
 
 class Packed:
@@ -234,9 +235,8 @@ class Packed:
         if name is None:
             return layer.weight
         found = adapted.values_of(layer, name) if adapted.is_adapted(layer) else dequantised(layer, name, self._dtype)
-        if id(layer) not in self._stand_ins:  # of the shape, and holding nothing
-            nothing = torch.full((1, 1), torch.nan, dtype=self._dtype or found.dtype, device=found.device)
-            self._stand_ins[id(layer)] = nothing.expand(found.shape)
+        if id(layer) not in self._stand_ins:
+            self._stand_ins[id(layer)] = hollow(found.shape, self._dtype or found.dtype, found.device)
         return found
 
     def in_its_dtype(self, layer: nn.Module) -> Tensor:

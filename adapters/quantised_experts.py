@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .quantised import packed_tensors
-from .weights import FLOATS, is_machine_failure
+from popmm.method.ffn import hollow
+
+from .quantised import packed_tensors, places_and_versions
+from .weights import FLOATS, data_of, is_machine_failure
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def tells_its_values(parameter: Tensor) -> bool:
     """Whether a parameter is of a tensor class with a ``dequantize`` of its own, and a float's dtype outside."""
-    data = parameter.data if type(parameter) is nn.Parameter else parameter
+    data = data_of(parameter)
     own = getattr(type(data), "dequantize", None)
     return own is not None and own is not Tensor.dequantize and data.dtype in FLOATS and data.ndim == 3
 
@@ -38,9 +40,7 @@ class PackedExperts:
 
     def identity(self) -> tuple:
         own = list(self.module.parameters(False))
-        tensors = [t for p in own for t in packed_tensors(p.data)]
-        places = tuple((t.data_ptr(), tuple(t.shape)) for t in tensors)
-        return places, tuple(None if t.is_inference() else t._version for t in (*own, *tensors))
+        return places_and_versions([t for p in own for t in packed_tensors(p.data)], own)
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
@@ -54,8 +54,7 @@ class PackedExperts:
         if name not in self.names:
             return self.module._parameters[name]
         if name not in self._stand_ins:
-            nothing = torch.full((1, 1, 1), torch.nan, dtype=data.dtype, device=data.device)
-            self._stand_ins[name] = nothing.expand(data.shape)
+            self._stand_ins[name] = hollow(data.shape, data.dtype, data.device)
         return self._stand_ins[name]
 
     def why_unreadable(self) -> str:
@@ -72,5 +71,4 @@ class PackedExperts:
         return ""
 
     def _data(self, name: str) -> Tensor:
-        parameter = self.module._parameters[name]
-        return parameter.data if type(parameter) is nn.Parameter else parameter
+        return data_of(self.module._parameters[name])

@@ -15,8 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from popmm.method.activations import activate
+
 from .base import FFNSite, UnsupportedModelError
-from .between import SCALES, TOLERANCE, Reading, activate, close, samples
+from .between import SCALES, TOLERANCE, Reading, close, samples
 from .dense import INLINE, activations_of, described
 from .forms import linear_shape
 from .sharded import is_spread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -14,22 +15,28 @@ from .base import BrokenWeightsError
 from .forms import is_linear
 
 
-class Reading:
+class BeingRead:
     """Whether layers are called to be read: what stands in for some of them lets such calls through."""
 
     active = False
 
     def __enter__(self) -> None:
-        self._before, Reading.active = Reading.active, True
+        self._before, BeingRead.active = BeingRead.active, True
 
     def __exit__(self, *raised) -> None:
-        Reading.active = self._before
+        BeingRead.active = self._before
 
 
+UNIT_VECTORS = 1024  # that a layer is given at once
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOAD = (
     "load the model with unquantised weights (no quantization_config), or call model.dequantize() where it is offered"
 )
+
+
+def data_of(weight: Tensor | None) -> Tensor | None:
+    """What a plain parameter holds, which may be of another class; anything else as it is."""
+    return weight.data if type(weight) is nn.Parameter else weight
 
 
 def why_not_readable(weight: Tensor) -> str:
@@ -40,7 +47,7 @@ def why_not_readable(weight: Tensor) -> str:
     kind = type(weight)
     if kind not in (nn.Parameter, Tensor):
         return f"{_a(kind.__name__)}: {_advice(kind)}"
-    data = weight.data if kind is nn.Parameter else weight
+    data = data_of(weight)
     if type(data) is not Tensor:  # a subclass inside a plain Parameter
         return f"{_a(type(data).__name__)}: {_advice(type(data))}"
     if weight.is_meta:
@@ -102,6 +109,20 @@ def _is_a_product(kind: type) -> bool:
         if not isinstance(y, Tensor) or y.shape != expected.shape or not torch.allclose(y, expected):
             return False
     return True
+
+
+def by_unit_vectors(
+    answer: Callable[[Tensor], Tensor], inputs: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The weights ``[out, in]`` of a linear map, from its answers to the unit vectors."""
+    unit = torch.eye(inputs, dtype=dtype, device=device)
+    return torch.cat([answer(part) for part in unit.split(UNIT_VECTORS)]).mT.contiguous()
+
+
+def without_bias(layer: nn.Module, y: Tensor) -> Tensor:
+    """A linear layer's answer without its bias."""
+    bias = getattr(layer, "bias", None)
+    return y - bias if isinstance(bias, Tensor) else y
 
 
 def check_finite(weights: dict[str, Tensor]) -> None:

@@ -90,7 +90,7 @@ def _calls(model: nn.Module, names: list[str]) -> tuple[dict[str, tuple], bool]:
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
-    except Exception:
+    except Exception:  # it wants more than ids (pictures, sound): what was called before that is known
         ran = False
     finally:
         for hook in hooks:

@@ -250,9 +250,9 @@ class PopConfig:
             raise ValueError(f"{both}: give one of them")
 
     @property
-    def is_default(self) -> bool:
-        """Whether nothing was said of what to read."""
-        return self._by_default
+    def more_together(self) -> float:
+        """Share of the bytes that tokens that choose together read beyond one token's: some, by default."""
+        return DEFAULT_BYTES_TOGETHER - DEFAULT_BYTES if self._by_default and not self.lossless else 0.0
 
     @property
     def predicts(self) -> bool:

@@ -118,7 +118,7 @@ def summary_table(state: Summarised, ffns: list[PrunedSite]) -> str:
 
 def _row(ffn: PrunedSite) -> tuple[str, ...]:
     s = ffn.sizes
-    pruned, dense = ffn.bytes_per_token()
+    pruned, dense = ffn.bytes_per_step(), ffn.site.active_bytes()
     sizes = [str(n) for n in (s.d_ff, s.retained, s.candidate, s.pruned, s.budget)]
     experts = f"{ffn.site.top_k} of {ffn.site.n_experts}" if ffn.site.is_experts else "-"
     skipped = 1 - channels_computed(ffn.site, s, ffn.config) / ffn.site.active_channels()

@@ -56,9 +56,8 @@ def alone_in_pass(arguments: Mapping[str, Any], n_tokens: int) -> tuple[Tensor, 
     places = torch.arange(n_tokens, dtype=torch.int64, device=ends.device)
     whose = torch.searchsorted(ends, places, right=True)  # from 1; beyond the last end lies padding
     lengths = torch.cat([ends.new_zeros(1), ends.diff(), ends.new_zeros(1)])
-    return lengths[whose] == 1, arguments.get(
-        "max_length_q", arguments.get("max_seqlen_q")
-    ) == 1  # its name up to transformers 5.23
+    longest = arguments.get("max_length_q", arguments.get("max_seqlen_q"))  # its name up to transformers 5.23
+    return lengths[whose] == 1, longest == 1
 
 
 def _unknown_cache(name: str, value: Any) -> str:

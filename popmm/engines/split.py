@@ -11,7 +11,7 @@ from popmm import kernels
 from popmm.kernels.twin import group_of
 from popmm.layouts.tiers import TiersLayout
 from popmm.layouts.traffic import LEAST_GROUP
-from popmm.method.activations import ACTIVATIONS
+from popmm.method.activations import ACTIVATIONS, activate
 from popmm.method.ffn import FFNWeights
 from popmm.method.tiers import TierSizes, tier_sizes
 from popmm.runtime.ranking import row_norms
@@ -106,7 +106,7 @@ class SplitFFN:
         self.layout = laid_out(self.name, sizes, several, source, self._combine)
 
     def _combine(self, g: Tensor, u: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation or "silu"](g) * u
+        return activate(ACTIVATIONS[self.activation or "silu"], g, u)
 
     def saw(self, gate_up: Tensor) -> None:
         """Keeps what gate and up ``[n, 2 * d_ff]`` made of a dense pass."""
@@ -120,7 +120,7 @@ class SplitFFN:
         size = own.norm()
         if not size > 0:
             return
-        errors = {name: float((act(g) * u - own).norm() / size) for name, act in ACTIVATIONS.items()}
+        errors = {name: float((activate(act, g, u) - own).norm() / size) for name, act in ACTIVATIONS.items()}
         name = min(errors, key=errors.get)  # both of gelu are alike in 16 bits: only scores need it
         if errors[name] <= TOLERANCE.get(h.dtype, NARROW_TOLERANCE):
             self.activation = name

@@ -101,41 +101,40 @@ static void add_plain(const planes *p, int bits, int64_t first, const int64_t *i
 #define TOGETHER 32 /* rows that are read for one token after the other, while they are near */
 
 #ifdef VECTORS
-static inline __attribute__((always_inline)) void dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
-                                                          int64_t from, int64_t to, int64_t k, const rounded *x, float *out) {
-    for (int64_t j = from; j < to; j += AT_ONCE) {
-        int64_t now[AT_ONCE], next[AT_ONCE];
-        for (int r = 0; r < AT_ONCE; r++) {
-            const int64_t a = j + r < k ? j + r : k - 1, b = j + AHEAD + r < k ? j + AHEAD + r : k - 1;
-            now[r] = first + (index ? index[a] : a), next[r] = first + (index ? index[b] : b);
-        }
-        float found[AT_ONCE];
-        dots(p, now, next, bits, x, found);
-        for (int r = 0; r < AT_ONCE && j + r < to; r++) out[j + r] = found[r];
+/* rows j, j + 1, ... of k, of which there are so many, and those that come AHEAD after them */
+static inline void numbered(int64_t first, const int64_t *index, int64_t j, int64_t k, int rows, int64_t *now, int64_t *next) {
+    for (int r = 0; r < rows; r++) {
+        const int64_t a = j + r < k ? j + r : k - 1, b = j + AHEAD + r < k ? j + AHEAD + r : k - 1;
+        now[r] = first + (index ? index[a] : a), next[r] = first + (index ? index[b] : b);
     }
 }
 
 #ifdef MOST_VECTORS
-/* the same of m vectors, for which each row is unpacked once */
-static inline __attribute__((always_inline)) void many_dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
-                                                               int64_t from, int64_t to, int64_t k, const rounded *x, int64_t m,
-                                                               float *out, int64_t stride) {
-    for (int64_t j = from; j < to; j += 2) {
-        int64_t now[2], next[2];
-        for (int r = 0; r < 2; r++) {
-            const int64_t a = j + r < k ? j + r : k - 1, b = j + AHEAD + r < k ? j + AHEAD + r : k - 1;
-            now[r] = first + (index ? index[a] : a), next[r] = first + (index ? index[b] : b);
-        }
-        float found[2][MOST_VECTORS];
-        for (int64_t t = 0, n; t < m; t += n) {
-            n = m - t >= 8 ? 8 : m - t >= 4 ? 4 : m - t >= 2 ? 2 : 1;
-            if (n == 8) pair_dots(p, now, next, bits, x + t, 8, found);
-            else if (n == 4) pair_dots(p, now, next, bits, x + t, 4, found);
-            else if (n == 2) pair_dots(p, now, next, bits, x + t, 2, found);
-            else pair_dots(p, now, next, bits, x + t, 1, found);
-            for (int64_t i = 0; i < n; i++)
-                for (int r = 0; r < 2 && j + r < to; r++) out[(t + i) * stride + j + r] = found[r][i];
-        }
+/* out[t * stride + j] of `rows` rows at a time and m vectors, both known where this is compiled */
+static inline __attribute__((always_inline)) void some_dots(int bits, const planes *p, int64_t first, const int64_t *index,
+                                                            int64_t j, int64_t to, int64_t k, int rows, const rounded *x, int m,
+                                                            float *out, int64_t stride) {
+    int64_t now[AT_ONCE], next[AT_ONCE];
+    float found[AT_ONCE][MOST_VECTORS];
+    numbered(first, index, j, k, rows, now, next);
+    dots(p, now, next, rows, bits, x, m, found);
+    for (int t = 0; t < m; t++)
+        for (int r = 0; r < rows && j + r < to; r++) out[t * stride + j + r] = found[r][t];
+}
+
+static inline __attribute__((always_inline)) void dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
+                                                          int64_t from, int64_t to, int64_t k, const rounded *x, int64_t m,
+                                                          float *out, int64_t stride) {
+    if (m == 1) {
+        for (int64_t j = from; j < to; j += AT_ONCE) some_dots(bits, p, first, index, j, to, k, AT_ONCE, x, 1, out, stride);
+        return;
+    }
+    for (int64_t j = from; j < to; j += PAIR) {
+        int64_t t = 0;
+        for (; t + 8 <= m; t += 8) some_dots(bits, p, first, index, j, to, k, PAIR, x + t, 8, out + t * stride, stride);
+        for (; t + 4 <= m; t += 4) some_dots(bits, p, first, index, j, to, k, PAIR, x + t, 4, out + t * stride, stride);
+        for (; t + 2 <= m; t += 2) some_dots(bits, p, first, index, j, to, k, PAIR, x + t, 2, out + t * stride, stride);
+        if (t < m) some_dots(bits, p, first, index, j, to, k, PAIR, x + t, 1, out + t * stride, stride);
     }
 }
 
@@ -147,12 +146,18 @@ static inline __attribute__((always_inline)) void tiles_of(int bits, const plane
                   y + t * p->d);
 }
 #else
-static inline __attribute__((always_inline)) void many_dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
-                                                               int64_t from, int64_t to, int64_t k, const rounded *x, int64_t m,
-                                                               float *out, int64_t stride) {
-    for (int64_t r = from; r < to; r += TOGETHER)
+static inline __attribute__((always_inline)) void dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
+                                                          int64_t from, int64_t to, int64_t k, const rounded *x, int64_t m,
+                                                          float *out, int64_t stride) {
+    for (int64_t start = from, step = m > 1 ? TOGETHER : to - from; start < to; start += step)
         for (int64_t t = 0; t < m; t++)
-            dots_of(bits, p, first, index, r, r + TOGETHER < to ? r + TOGETHER : to, k, x + t, out + t * stride);
+            for (int64_t j = start; j < start + step && j < to; j += AT_ONCE) {
+                int64_t now[AT_ONCE], next[AT_ONCE];
+                float found[AT_ONCE];
+                numbered(first, index, j, k, AT_ONCE, now, next);
+                dots(p, now, next, bits, x + t, found);
+                for (int r = 0; r < AT_ONCE && j + r < to; r++) out[t * stride + j + r] = found[r];
+            }
 }
 
 static inline __attribute__((always_inline)) void tiles_of(int bits, const planes *p, int64_t first, const int64_t *index,
@@ -170,11 +175,7 @@ void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, in
     if (!p->fine) bits = 4; /* rows of one plane */
 #ifdef VECTORS
     if (p->group == 64) {
-        if (m == 1) {
-            BY_BITS(dots_of, p, first, index, own.from, own.to, k, x, out)
-        } else {
-            BY_BITS(many_dots_of, p, first, index, own.from, own.to, k, x, m, out, stride)
-        }
+        BY_BITS(dots_of, p, first, index, own.from, own.to, k, x, m, out, stride)
         return;
     }
 #endif

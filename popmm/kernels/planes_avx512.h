@@ -2,7 +2,8 @@
 #include <immintrin.h>
 
 #define VECTORS 1
-#define AT_ONCE 4 /* rows, so that x is loaded once for all */
+#define AT_ONCE 4 /* rows of one vector, so that it is loaded once for all */
+#define PAIR 2    /* rows of several vectors */
 #define TILE 16   /* rows whose factors share a scale per group */
 #define GROUPS 16 /* of columns, whose sums are kept at a time */
 #define MOST_VECTORS 16
@@ -51,69 +52,39 @@ static inline __m512 halves(const uint16_t *s, int64_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(own, s));
 }
 
-/* four rows at once; `next` are fetched meanwhile */
-static inline __attribute__((always_inline)) void dots(const planes *p, const int64_t *row, const int64_t *next, int bits,
-                                                       const rounded *x, float *out) {
+/* The products of some rows with m vectors, of which each row is unpacked once; `next` are fetched meanwhile. How many rows
+ * and vectors is known where this is compiled, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void dots(const planes *p, const int64_t *row, const int64_t *next, int rows,
+                                                       int bits, const rounded *x, int m, float out[AT_ONCE][MOST_VECTORS]) {
     const int64_t groups = p->d / 64;
-    __m512 sum[AT_ONCE], offset[AT_ONCE];
-    for (int r = 0; r < AT_ONCE; r++) sum[r] = offset[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g += 16) {
-        const int64_t n = groups - g < 16 ? groups - g : 16;
-        float scaled[AT_ONCE][16];
-        for (int r = 0; r < AT_ONCE; r++) {
-            __builtin_prefetch(p->scale + next[r] * groups + g);
-            const __m512 scale = halves(p->scale + row[r] * groups + g, n);
-            offset[r] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(x->total + g), offset[r]);
-            _mm512_storeu_ps(scaled[r], _mm512_mul_ps(scale, _mm512_loadu_ps(x->step + g)));
-        }
-        for (int64_t i = 0; i < n; i++) {
-            const __m512i codes = _mm512_loadu_si512(x->code + (g + i) * 64);
-            for (int r = 0; r < AT_ONCE; r++) {
-                if (!((g + i) & 1)) fetch(p, next[r], bits, g + i);
-                const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers(p, row[r], bits, g + i), codes);
-                sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(scaled[r][i]), _mm512_cvtepi32_ps(whole), sum[r]);
-            }
-        }
-    }
-    for (int r = 0; r < AT_ONCE; r++) {
-        const __m512 both = _mm512_fnmadd_ps(_mm512_set1_ps(MIDDLE[bits]), offset[r], sum[r]);
-        out[r] = _mm512_reduce_add_ps(both) / cells(bits);
-    }
-}
-
-/* The products of two rows with m vectors, of which the rows are unpacked once; m is known where this is compiled, so that
- * the sums stay in registers. out[t * stride + r] */
-static inline __attribute__((always_inline)) void pair_dots(const planes *p, const int64_t *row, const int64_t *next, int bits,
-                                                            const rounded *x, int m, float out[2][MOST_VECTORS]) {
-    const int64_t groups = p->d / 64;
-    __m512 sum[2][MOST_VECTORS], offset[2][MOST_VECTORS];
-    for (int r = 0; r < 2; r++)
+    __m512 sum[AT_ONCE][MOST_VECTORS], offset[AT_ONCE][MOST_VECTORS];
+    for (int r = 0; r < rows; r++)
         for (int t = 0; t < m; t++) sum[r][t] = offset[r][t] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g += 16) {
         const int64_t n = groups - g < 16 ? groups - g : 16;
-        float scaled[2][MOST_VECTORS][16];
-        for (int r = 0; r < 2; r++) {
+        float scaled[MOST_VECTORS][AT_ONCE][16];
+        for (int r = 0; r < rows; r++) {
             __builtin_prefetch(p->scale + next[r] * groups + g);
             const __m512 scale = halves(p->scale + row[r] * groups + g, n);
             for (int t = 0; t < m; t++) {
                 offset[r][t] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(x[t].total + g), offset[r][t]);
-                _mm512_storeu_ps(scaled[r][t], _mm512_mul_ps(scale, _mm512_loadu_ps(x[t].step + g)));
+                _mm512_storeu_ps(scaled[t][r], _mm512_mul_ps(scale, _mm512_loadu_ps(x[t].step + g)));
             }
         }
         for (int64_t i = 0; i < n; i++) {
-            for (int r = 0; r < 2; r++)
+            const __m512i first = _mm512_loadu_si512(x->code + (g + i) * 64); /* stays in a register for all rows */
+            for (int r = 0; r < rows; r++) {
                 if (!((g + i) & 1)) fetch(p, next[r], bits, g + i);
-            const __m512i u[2] = {numbers(p, row[0], bits, g + i), numbers(p, row[1], bits, g + i)};
-            for (int t = 0; t < m; t++) {
-                const __m512i codes = _mm512_loadu_si512(x[t].code + (g + i) * 64);
-                for (int r = 0; r < 2; r++) {
-                    const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), u[r], codes);
-                    sum[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(scaled[r][t][i]), _mm512_cvtepi32_ps(whole), sum[r][t]);
+                const __m512i u = numbers(p, row[r], bits, g + i);
+                for (int t = 0; t < m; t++) {
+                    const __m512i codes = t ? _mm512_loadu_si512(x[t].code + (g + i) * 64) : first;
+                    const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), u, codes);
+                    sum[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(scaled[t][r][i]), _mm512_cvtepi32_ps(whole), sum[r][t]);
                 }
             }
         }
     }
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < rows; r++)
         for (int t = 0; t < m; t++) {
             const __m512 both = _mm512_fnmadd_ps(_mm512_set1_ps(MIDDLE[bits]), offset[r][t], sum[r][t]);
             out[r][t] = _mm512_reduce_add_ps(both) / cells(bits);

@@ -74,23 +74,21 @@ class TiersLayout(ChannelsStay):
                     self.norms.shape
                 )
                 fix_addresses(self)
-                self._wholes = {}
-                self.whole = self._at_one_call(self.sizes.tiers)
-                if self.whole is not None:
-                    for sizes in self.several.values():
-                        self._at_one_call(sizes.tiers)
+                self._wholes = self._at_one_call()
+                self.whole = self._wholes.get(self.sizes.tiers)
             self._source = identities(source)
 
-    def _at_one_call(self, tiers: tuple[tuple[int, int], ...]) -> kernels.TiersFFN | None:
+    def _at_one_call(self) -> dict[tuple, kernels.TiersFFN]:
+        """By tiers; empty where the activation has no kernel."""
         if not kernels.serves_tiers(self.gate):
-            return None
+            return {}
         name = recognised(self.combine, self.norms.device, self.up is not None)
         if name is None:
-            return None
-        if tiers not in self._wholes:
-            parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
-            self._wholes[tiers] = kernels.TiersFFN(parts, self.sizes.d_ff, self.rms, self.norms, biases, name, tiers)
-        return self._wholes[tiers]
+            return {}
+        parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
+        held = parts, self.sizes.d_ff, self.rms, self.norms, biases, name
+        every = {sizes.tiers for sizes in (self.sizes, *self.several.values())}
+        return {tiers: kernels.TiersFFN(*held, tiers) for tiers in every}
 
     def sizes_of(self, tokens: int) -> TierSizes:
         """Sizes for so many tokens that choose together."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from popmm.adapters import FFNSite
-from popmm.config import DEFAULT_BYTES, DEFAULT_BYTES_TOGETHER, PopConfig
+from popmm.config import PopConfig
 from popmm.kernels.twin import group_of
 from popmm.layouts.gate import gate_row_bytes
 from popmm.method import one_plane, tiers
@@ -65,9 +65,7 @@ def sizes_together(site: FFNSite, ratio: float, config: PopConfig) -> dict[int, 
     """Sizes for tokens that choose together, by how many they are at the least; of experts each chooses for itself."""
     if config.selection != "tiers" or site.is_experts:
         return {}
-    if config.is_default and not config.lossless:
-        ratio = max(ratio - (DEFAULT_BYTES_TOGETHER - DEFAULT_BYTES), 0.0)
-    return {2: sizes_for(site, ratio, config, tokens=2)}
+    return {2: sizes_for(site, max(ratio - config.more_together, 0.0), config, tokens=2)}
 
 
 def at_once(site: FFNSite, batch: int) -> float:

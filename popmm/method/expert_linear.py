@@ -35,6 +35,16 @@ def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | Non
     return y if bias is None else y + bias[experts]
 
 
+def mixed(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Outputs of all (token, choice) pairs, summed over a token's experts by router weight, in x's dtype.
+
+    Args:
+        y: ``[n_tokens * k, d_model]``.
+        weight: ``[n_tokens, k]``.
+    """
+    return (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1).to(x.dtype)
+
+
 def _are_few(rows: Tensor, weight: Tensor) -> bool:
     return 2 * len(rows) <= len(weight)
 

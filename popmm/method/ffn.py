@@ -61,6 +61,11 @@ def hidden(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:
     return combine(gate, up_values(x, weights))
 
 
+def hollow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a shape that holds a single number, NaN: weights of which nobody is to use the values."""
+    return torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
 def up_values(x: Tensor, weights: FFNWeights) -> Tensor | None:
     """The up projection ``[..., d_ff]`` in the dtype of x, None without a gate."""
     return None if weights.up is None else F.linear(x, weights.up.to(x.dtype), weights.up_bias)

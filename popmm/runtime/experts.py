@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from popmm.adapters.dense import TOLERANCE
 from popmm.method import ffn as arithmetic
-from popmm.method.expert_linear import expert_linear
+from popmm.method.expert_linear import expert_linear, mixed
 from popmm.method.ffn import FFNWeights
 from popmm.method.modality import JointStatistics
 from popmm.runtime.experts_interface import ON_MODULE, dense_experts, former_implementation
@@ -114,13 +114,13 @@ class PrunedExperts(PrunedSite):
         if self.gathers(len(x)):
             y = self.layout.step(pairs, combine, experts) if self.trace is None else None
             if y is not None:
-                return _mix(y, weight, x), None
+                return mixed(y, weight, x), None
             y, places = self.layout.decode(pairs, combine, experts)
             passing = self.marked(places) if self.trace is not None else None
         else:
             choose = self.choose if self.phase.simulating else None
             y, passing = self.layout.decode_all(pairs, combine, self.site.weights(), choose, experts)
-        return _mix(y, weight, x), passing
+        return mixed(y, weight, x), passing
 
     def record(self, index: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""
@@ -237,13 +237,7 @@ def _by_expert(experts: Tensor) -> Tensor:
 
 def _down(h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """Down projection of h ``[n_tokens * k, n]``, summed over a token's experts by router weight, in x's dtype."""
-    return _mix(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
-
-
-def _mix(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Outputs of all (token, choice) pairs, summed over a token's experts by router weight, in x's dtype."""
-    mixed = (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1)
-    return mixed.to(x.dtype)
+    return mixed(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

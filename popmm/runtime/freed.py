@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from popmm.compat import load_again
+from popmm.method.ffn import hollow
 from popmm.method.fingerprint import fingerprint, same
 from popmm.runtime.overrides import Override
 from popmm.runtime.site import PrunedSite
@@ -53,9 +54,8 @@ class FreedWeights:
         for ffn in self._ffns:
             ffn.keep_norms()
         for name, p in self._parameters.items():
-            nothing = torch.full((1,) * p.ndim, torch.nan, dtype=p.dtype, device=p.device)
             self._freed.add(name)
-            p.data = nothing.expand(p.shape)
+            p.data = hollow(p.shape, p.dtype, p.device)
         for ffn in self._ffns:
             ffn.layout.replaced = True
 

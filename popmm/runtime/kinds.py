@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from popmm.compat import Cache, cache_of
@@ -93,8 +94,10 @@ class Kinds:
         decodes = not why_dense and all_are
         phase.decoding = phase.step = decodes
         phase.shape, phase.checking = shape, bool(why_dense)
-        phase.votes = alone.float() if decodes else None
-        phase.alone = alone if not (decodes or why_dense) and bool(alone.any()) else None
+        phase.alone, phase.votes = None, alone.float() if decodes else None
+        n_alone = 0 if decodes or why_dense else int(alone.sum())
+        if n_alone:
+            phase.alone, phase.votes = alone, alone.new_ones(n_alone, dtype=torch.float32)
         try:
             output = forward(*args, **kwargs)
         finally:

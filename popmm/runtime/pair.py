@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from popmm.adapters.weights import Reading
+from popmm.adapters.weights import BeingRead
 from popmm.runtime.dense import PrunedFFN
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
@@ -28,7 +28,7 @@ class PrunedPair(PrunedFFN):
 
         What the model's own code makes of the zeros in between is not looked at.
         """
-        if Reading.active:
+        if BeingRead.active:
             return self._first(x)
         self._y = self.instead(x)
         return self._first(x) if self._y is None else x.new_zeros(*x.shape[:-1], self.sizes.d_ff)
@@ -39,7 +39,7 @@ class PrunedPair(PrunedFFN):
 
     def leave(self, h: Tensor) -> Tensor:
         """Stands in for down."""
-        if Reading.active:
+        if BeingRead.active:
             return self._down(h)
         y, self._y = self._y, None
         return self._down(h) if y is None else y

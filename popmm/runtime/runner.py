@@ -81,7 +81,6 @@ class Runner:
             if 0 in shape:
                 raise ValueError(f"the prompt is empty: input of shape {shape}; give at least one token per sequence")
             known = self.sequences.on(cache)
-            self.phase.votes = None if self.phase.simulating else self.around.votes(arguments, shape)
             if self.phase.simulating:
                 self.phase.votes = self.around.simulated_votes(arguments, shape, past_tokens(cache, known))
                 if known is not None and 0 < self.refresh_every < known.steps + shape[1]:
@@ -90,6 +89,7 @@ class Runner:
                         f"makes dense: split it there, after {self.refresh_every - known.steps} tokens"
                     )
                 return self.kinds.decode(forward, args, kwargs, shape, cache)
+            self.phase.votes = self.around.votes(arguments, shape)
             if self.around.kind in ("verify", "dense") or self._checks_assistant(shape, cache, known):
                 return self.kinds.check(forward, args, kwargs, shape, cache, known)
             if torch.is_grad_enabled():

@@ -113,14 +113,9 @@ class PrunedSite:
         alone, flat = self.phase.alone, x.reshape(-1, x.shape[-1])
         if len(alone) != len(flat):  # a pass inside the pass
             return self.dense_forward(x, *routed)
-        before, y = self.phase.votes, torch.empty_like(flat)
-        try:
-            self.phase.votes = torch.ones(int(alone.sum()), dtype=torch.float32, device=x.device)
-            y[alone] = self.decode(flat[alone], *(own[alone] for own in routed))[0].to(y.dtype)
-        finally:
-            self.phase.votes = before
-        if not alone.all():
-            y[~alone] = self.dense_forward(flat[~alone], *(own[~alone] for own in routed))
+        y, others = torch.empty_like(flat), ~alone
+        y[alone] = self.decode(flat[alone], *(own[alone] for own in routed))[0].to(y.dtype)
+        y[others] = self.dense_forward(flat[others], *(own[others] for own in routed))
         return y.view(x.shape)
 
     def votes(self, n_tokens: int) -> Tensor | None:
@@ -186,10 +181,6 @@ class PrunedSite:
             rows = own * batch / at_once(self.site, batch) if self.layout.gathers(batch) else everything
             own = min(rows, everything)
         return own * at_once(self.site, batch)
-
-    def bytes_per_token(self) -> tuple[float, float]:
-        """(pruned, dense) weight bytes that one token reads, see ``PartitionState.bytes_per_token``."""
-        return self.bytes_per_step(), self.site.active_bytes()
 
 
 def _origin(kind: str, layout: Layout, source: FFNWeights) -> str:

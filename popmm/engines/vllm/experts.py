@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from popmm.engines.split import laid_out, sizes_of
 from popmm.engines.vllm.passes import by_rows, check, rows_of_pass
 from popmm.layouts.tiers import TiersLayout
-from popmm.method.activations import ACTIVATIONS
+from popmm.method.activations import ACTIVATIONS, activate
+from popmm.method.expert_linear import mixed
 from popmm.method.ffn import FFNWeights
 
 logger = init_logger(__name__)
@@ -49,7 +51,7 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
             gate, up = (half.contiguous() for half in layer.w13_weight.detach().chunk(2, dim=1))
             source = FFNWeights(gate, up, layer.w2_weight.detach())
             sizes = sizes_of(self.prefix, source.d_ff, source.d_model, self.share, self.weight_bits)
-            self._combine = _gated(layer.activation.value)
+            self._combine = partial(activate, ACTIVATIONS[layer.activation.value])
             self.layout = laid_out(self.prefix, sizes, {}, source, self._combine)
         super().process_weights_after_loading(layer)
 
@@ -94,12 +96,7 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
         y = layout.step(pairs, self._combine, experts)
         if y is None:
             y = layout.decode(pairs, self._combine, experts)[0]
-        return torch.einsum("nkd,nk->nd", y.view(*index.shape, -1), weight.float()).to(x.dtype)
-
-
-def _gated(activation: str):
-    act = ACTIVATIONS[activation]
-    return lambda g, u: act(g) * u
+        return mixed(y, weight, x)
 
 
 @torch.library.custom_op("popmm::engine_experts", mutates_args=())

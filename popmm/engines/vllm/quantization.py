@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from popmm.config import DEFAULT_BYTES, DEFAULT_BYTES_TOGETHER, PopConfig
+from popmm.config import PopConfig
 from popmm.engines.split import SplitFFN
 from popmm.engines.vllm.experts import ExpertsMethod
 from popmm.engines.vllm.passes import by_rows, check, rows_of_pass
@@ -55,8 +55,7 @@ class PopmmConfig(QuantizationConfig):
         config = PopConfig(statistics="weights", **settings)
         self.weight_bits, self.together, self.weights = config.weight_bits, together, config.weights
         self.share = PLAIN_SHARE if config.ffn_ratio is None else 1 - config.ffn_ratio
-        more = DEFAULT_BYTES_TOGETHER - DEFAULT_BYTES if config.is_default else 0.0
-        self.share_together = self.share + more
+        self.share_together = self.share + config.more_together
         self.ffns: dict[str, SplitFFN] = {}
 
     def __repr__(self) -> str:
