@@ -101,10 +101,11 @@ static void add_plain(const planes *p, int bits, int64_t first, const int64_t *i
 #define TOGETHER 32 /* rows that are read for one token after the other, while they are near */
 
 #ifdef VECTORS
-/* rows j, j + 1, ... of k, of which there are so many, and those that come AHEAD after them */
-static inline void numbered(int64_t first, const int64_t *index, int64_t j, int64_t k, int rows, int64_t *now, int64_t *next) {
+/* rows j, j + 1, ... of k, of which there are so many, and those that come so far `ahead` of them */
+static inline void numbered(int64_t first, const int64_t *index, int64_t j, int64_t k, int rows, int64_t ahead, int64_t *now,
+                            int64_t *next) {
     for (int r = 0; r < rows; r++) {
-        const int64_t a = j + r < k ? j + r : k - 1, b = j + AHEAD + r < k ? j + AHEAD + r : k - 1;
+        const int64_t a = j + r < k ? j + r : k - 1, b = j + ahead + r < k ? j + ahead + r : k - 1;
         now[r] = first + (index ? index[a] : a), next[r] = first + (index ? index[b] : b);
     }
 }
@@ -116,7 +117,7 @@ static inline __attribute__((always_inline)) void some_dots(int bits, const plan
                                                             float *out, int64_t stride) {
     int64_t now[AT_ONCE], next[AT_ONCE];
     float found[AT_ONCE][MOST_VECTORS];
-    numbered(first, index, j, k, rows, now, next);
+    numbered(first, index, j, k, rows, ahead(p), now, next);
     dots(p, now, next, rows, bits, x, m, found);
     for (int t = 0; t < m; t++)
         for (int r = 0; r < rows && j + r < to; r++) out[t * stride + j + r] = found[r][t];
@@ -125,6 +126,8 @@ static inline __attribute__((always_inline)) void some_dots(int bits, const plan
 static inline __attribute__((always_inline)) void dots_of(int bits, const planes *p, int64_t first, const int64_t *index,
                                                           int64_t from, int64_t to, int64_t k, const rounded *x, int64_t m,
                                                           float *out, int64_t stride) {
+    for (int64_t j = from; j < to && j < from + ahead(p); j++)
+        for (int64_t g = 0; g < p->d / 64; g += 2) fetch(p, place(p, first + (index ? index[j] : j), g), bits);
     if (m == 1) {
         for (int64_t j = from; j < to; j += AT_ONCE) some_dots(bits, p, first, index, j, to, k, AT_ONCE, x, 1, out, stride);
         return;
@@ -154,7 +157,7 @@ static inline __attribute__((always_inline)) void dots_of(int bits, const planes
             for (int64_t j = start; j < start + step && j < to; j += AT_ONCE) {
                 int64_t now[AT_ONCE], next[AT_ONCE];
                 float found[AT_ONCE];
-                numbered(first, index, j, k, AT_ONCE, now, next);
+                numbered(first, index, j, k, AT_ONCE, ahead(p), now, next);
                 dots(p, now, next, bits, x + t, found);
                 for (int r = 0; r < AT_ONCE && j + r < to; r++) out[t * stride + j + r] = found[r];
             }
@@ -183,16 +186,18 @@ void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, in
         for (int64_t t = 0; t < m; t++) out[t * stride + j] = dot_plain(p, first + (index ? index[j] : j), bits, x + t);
 }
 
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, int64_t k,
-              int64_t m, float *y, range own) {
+void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, range rows,
+              int64_t m, float *y, range groups) {
     if (!p->fine) bits = 4;
+    const int64_t k = rows.to - rows.from;
+    index += rows.from, h += rows.from;
 #ifdef VECTORS
     if (p->group == 64) {
-        BY_BITS(tiles_of, p, first, index, h, stride, k, m, own.from, own.to, y)
+        BY_BITS(tiles_of, p, first, index, h, stride, k, m, groups.from, groups.to, y)
         return;
     }
 #endif
-    for (int64_t t = 0; t < m; t++) add_plain(p, bits, first, index, h + t * stride, k, own.from, own.to, y + t * p->d);
+    for (int64_t t = 0; t < m; t++) add_plain(p, bits, first, index, h + t * stride, k, groups.from, groups.to, y + t * p->d);
 }
 
 static inline uint16_t to_bfloat16(float f) { /* finite, to nearest even */
@@ -274,11 +279,21 @@ int64_t planes_add(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     const planes p = {base, fine, finest, scale, n_rows, d, group};
     const int64_t outside = first_outside(index, n * k, n_rows);
     if (outside >= 0) return outside;
-    memset(out, 0, n * d * sizeof(float));
-    for (int64_t t = 0; t < n && k; t++) {
+    float *const sums = malloc(PARTS * d * sizeof(float));
+    if (!sums) return OUT_OF_MEMORY;
+    for (int64_t t = 0; t < n; t++) {
 #pragma omp parallel num_threads(threads)
-        rows_add(&p, bits, 0, index + t * k, h + t * k, 0, k, 1, out + t * d, share(d / group, 1, me()));
+        {
+            const part whose = me();
+            for (int64_t u = whose.me; u < units(whose); u += whose.all) {
+                const unit own = unit_of(u, &p, whose);
+                rows_add(&p, bits, 0, index + t * k, h + t * k, 0, rows_of(own, k), 1, clear_unit(sums, &p, 1, own), own.groups);
+            }
+#pragma omp barrier
+            sum_parts(sums, &p, 1, share(d / group, 1, whose), out + t * d);
+        }
     }
+    free(sums);
     return -1;
 }
 

@@ -16,10 +16,10 @@ static const float MIDDLE[9] = {[3] = 4.0f, [4] = 8.0f, [5] = 17.5f, [6] = 33.5f
 static inline int base_bits(int bits) { return bits & 1 ? 3 : 4; }
 static inline int cells(int bits) { return 1 << (bits - base_bits(bits)); } /* of a base code that these bits tell */
 static inline const uint8_t *base_of(const planes *p, int64_t row, int bits, int64_t g) {
-    return p->base + (row * p->d + g * p->group) * base_bits(bits) / 8;
+    return p->base + (uint64_t)(row * p->d + g * p->group) / 8 * base_bits(bits);
 }
 static inline const uint8_t *pairs_of(const uint8_t *plane, const planes *p, int64_t row, int64_t g) {
-    return plane + (row * p->d + g * p->group) / 4;
+    return plane + (uint64_t)(row * p->d + g * p->group) / 4;
 }
 
 /* the value of weight i of a group as its number in so many bits */
@@ -67,9 +67,46 @@ static inline range share(int64_t n, int64_t step, part whose) {
 void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, int64_t m, float *out,
               int64_t stride, range own);
 
-/* y[t, d] += sum over k of h[t * stride + j] * row[index[j]] for a range of the groups of columns and m sums */
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, int64_t k,
-              int64_t m, float *y, range own);
+/* y[t, d] += sum of h[t * stride + j] * row[index[j]] for a range of the j and of the groups of columns, and m sums */
+void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, range rows,
+              int64_t m, float *y, range groups);
 
-#define AHEAD 8 /* rows whose lines are fetched meanwhile */
+/* Rows are added up in PARTS, whose sums are added in their order, so that the result does not depend on the number of
+ * threads. A thread takes units: a part of the rows, and a range of the columns' groups where threads outnumber the parts. */
+#define PARTS 2
+#define TILE 16 /* rows whose factors are rounded together, with one scale per group: no part divides them */
+static inline int64_t columns(int64_t threads) { return threads % PARTS ? threads : threads / PARTS; }
+
+typedef struct {
+    int64_t part;
+    range groups;
+} unit;
+
+static inline int64_t units(part whose) { return PARTS * columns(whose.all); }
+static inline unit unit_of(int64_t u, const planes *p, part whose) {
+    return (unit){u % PARTS, share(p->d / p->group, 1, (part){u / PARTS, columns(whose.all)})};
+}
+static inline range rows_of(unit own, int64_t k) { return share(k, TILE, (part){own.part, PARTS}); }
+
+/* sums[PARTS, m, d]: those of a unit */
+static inline float *clear_unit(float *sums, const planes *p, int64_t m, unit own) {
+    float *const to = sums + own.part * m * p->d;
+    const int64_t from = own.groups.from * p->group, n = (own.groups.to - own.groups.from) * p->group;
+    for (int64_t t = 0; t < m; t++) memset(to + t * p->d + from, 0, n * sizeof(float));
+    return to;
+}
+
+/* y[m, d], a range of its groups, once all units are done */
+static inline void sum_parts(const float *sums, const planes *p, int64_t m, range groups, float *y) {
+    for (int64_t t = 0; t < m; t++)
+        for (int64_t i = groups.from * p->group; i < groups.to * p->group; i++) {
+            float sum = 0;
+            for (int64_t part = 0; part < PARTS; part++) sum += sums[(part * m + t) * p->d + i];
+            y[t * p->d + i] = sum;
+        }
+}
+
+/* how many rows later those come whose lines are fetched meanwhile: so many bytes, whatever the rows' length */
+static inline int64_t ahead(const planes *p) { return p->d >= 2048 ? 8 : 12288 / p->d; }
+
 #define OUT_OF_MEMORY INT64_MAX

@@ -4,7 +4,6 @@
 
 #define VECTORS 1
 #define AT_ONCE 4 /* rows, so that x is loaded once for all */
-#define TILE 16   /* rows whose factors share a scale per group: as many as 16-bit sums of nibbles hold */
 
 /* elements 0 to 31 and 32 to 63 of a group's pairs of bits */
 static inline void pairs(const uint8_t *c, __m256i *low, __m256i *high) {

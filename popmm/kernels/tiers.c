@@ -142,6 +142,7 @@ typedef struct {
     rounded *x;            /* [m] */
     float *values;         /* [m, d_ff] of the gate's first plane, activated */
     float *h, *gates;      /* [m, K] */
+    float *added;          /* [PARTS, m, d] */
     double *sums;          /* [m, threads] */
     uint32_t *key, *work;  /* [d_ff] */
 } memory;
@@ -153,7 +154,7 @@ static void free_memory(memory *own, int64_t m) {
 
 static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int threads, memory *own) {
     own->x = new_rounded_all(d, group, m);
-    own->values = malloc((3 * m + 2) * d_ff * sizeof(float));
+    own->values = malloc(((3 * m + 2) * d_ff + PARTS * m * d) * sizeof(float));
     own->sums = malloc(m * threads * sizeof(double));
     if (!own->x || !own->values || !own->sums) {
         free_memory(own, m);
@@ -161,6 +162,7 @@ static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int thr
     }
     own->h = own->values + m * d_ff, own->gates = own->h + m * d_ff;
     own->key = (uint32_t *)(own->gates + m * d_ff), own->work = own->key + d_ff;
+    own->added = (float *)(own->work + d_ff);
     return 1;
 }
 
@@ -188,7 +190,6 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
     memory own;
     if (!n) return -1;
     if (!new_memory(d, group, d_ff, m, threads, &own)) return OUT_OF_MEMORY;
-    memset(y, 0, n * d * sizeof(float));
     for (int64_t t0 = 0; t0 < n; t0 += m, index += m * of.all) {
         const int64_t from = first[t0];
         for (int64_t t = 0; t < m; t++) round_vector(x + (t0 + t) * d, d, group, own.x + t);
@@ -258,8 +259,14 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
                 }
             }
 #pragma omp barrier
-            for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
-                rows_add(&w, (int)bits[i], from, index + at, own.h + at, d_ff, count[i], m, y + t0 * d, share(d / group, 1, whose));
+            for (int64_t u = whose.me; u < units(whose); u += whose.all) {
+                const unit mine = unit_of(u, &w, whose);
+                float *const to = clear_unit(own.added, &w, m, mine);
+                for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
+                    rows_add(&w, (int)bits[i], from, index + at, own.h + at, d_ff, rows_of(mine, count[i]), m, to, mine.groups);
+            }
+#pragma omp barrier
+            sum_parts(own.added, &w, m, share(d / group, 1, whose), y + t0 * d);
         }
         for (int64_t t = 1; t < m; t++) memcpy(index + t * of.all, index, of.all * sizeof(int64_t));
     }
