@@ -55,16 +55,6 @@ static inline __m512 halves(const uint16_t *s, int64_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(own, s));
 }
 
-/* the sums of four registers */
-static inline __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
-    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 /* The products of some rows with m vectors, of which each row is unpacked once; `next` are fetched meanwhile. How many rows
  * and vectors is known where this is compiled, so that the sums stay in registers. */
 static inline __attribute__((always_inline)) void dots(const planes *p, const int64_t *row, const int64_t *next, int rows,

@@ -9,19 +9,6 @@
 
 enum { SILU, GELU_TANH, GELU, RELU, RELU2 };
 
-/* e^x by 2^n * e^r, to a relative 2e-7, in plain arithmetic so that compilers can do several at once */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float n = nearbyintf(x * 1.44269504f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float e = 1.0f / 720;
-    e = e * r + 1.0f / 120, e = e * r + 1.0f / 24, e = e * r + 1.0f / 6, e = e * r + 0.5f, e = e * r + 1.0f, e = e * r + 1.0f;
-    const int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return e * power;
-}
-
 /* g[i] becomes act(g[i]); i from `from` to `to` */
 static void activate(float *g, int64_t from, int64_t to, int activation) {
     switch (activation) {
