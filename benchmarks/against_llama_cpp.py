@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 import popmm
@@ -36,8 +37,8 @@ from popmm.evaluation.progress import progress
 from popmm.evaluation.texts import text_cases
 
 FORMATS = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+DENSE = {"16 bits, compiled": None, "int8 (torchao), compiled": Int8WeightOnlyConfig}  # torch's own ways
 SETTINGS = {
-    "16 bits, dense": None,
     "8 bits, rest 8": dict(weight_bits=8, rest_bits=8),
     "6 bits, rest 8": dict(weight_bits=6, rest_bits=8),
     "tiers 0.33, rest 8": dict(bytes=0.33, rest_bits=8),
@@ -62,10 +63,10 @@ class Stopwatch:
 class Ours:
     """A model in a process of its own, as users have it: compiled steps of several would be told apart at each step."""
 
-    def __init__(self, model: Path, settings: dict | None) -> None:
+    def __init__(self, model: Path, name: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, far = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far, model, settings), daemon=True)
+        self._process = context.Process(target=_serve, args=(far, model, name), daemon=True)
         self._process.start()
 
     def __call__(self, n_tokens: int) -> float:
@@ -74,13 +75,16 @@ class Ours:
 
 
 @torch.no_grad()
-def _serve(pipe, folder: Path, settings: dict | None) -> None:
+def _serve(pipe, folder: Path, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    if settings is not None:
-        popmm.attach(model, **settings)
+    model.generation_config.eos_token_id = None  # as llama-bench, which never ends early
+    if name in SETTINGS:
+        popmm.attach(model, **SETTINGS[name])
+    elif DENSE[name] is not None:
+        quantize_(model, DENSE[name]())
     with contextlib.suppress(EOFError):  # done
         while True:
-            pipe.send(_tokens_per_second(model, pipe.recv(), settings is None))
+            pipe.send(_tokens_per_second(model, pipe.recv(), name in DENSE))
 
 
 def _tokens_per_second(model, n_tokens: int, dense: bool) -> float:
@@ -91,8 +95,7 @@ def _tokens_per_second(model, n_tokens: int, dense: bool) -> float:
         config = transformers.CompileConfig(fullgraph=True, mode="default")
         config._compile_all_devices = True
         settings["compile_config"] = config
-    new = dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens)
-    model.generate(ids, attention_mask=torch.ones_like(ids), **new, **settings)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, **settings)
     steps = [b - a for a, b in zip(clock.times[2:], clock.times[3:])]
     return 1 / statistics.median(steps)
 
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("gguf", type=Path, help="folder of FORMAT.gguf or NAME-FORMAT.gguf files of the same model")
     parser.add_argument("--llama-bench", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="passages to measure quality on; without it, speed alone")
+    parser.add_argument("--quality", type=Path, help="JSON of an earlier run that KL and top-1 are taken from")
     parser.add_argument("--passages", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)
@@ -137,12 +141,12 @@ def main() -> None:
     args = parser.parse_args()
     files = {name: next(iter(sorted(args.gguf.glob(f"*{name}.gguf"))), None) for name in FORMATS}
     files = {name: file for name, file in files.items() if file is not None}
-    speeds: dict[str, list[float]] = {name: [] for name in (*files, *SETTINGS)}
+    speeds: dict[str, list[float]] = {name: [] for name in (*files, *DENSE, *SETTINGS)}
     models = {}
     with progress() as bars:
-        bar = bars.add_task("speed", total=len(SETTINGS) + args.rounds * len(speeds))
-        for name, settings in SETTINGS.items():
-            models[name] = Ours(args.model, settings)
+        bar = bars.add_task("speed", total=len(DENSE) + len(SETTINGS) + args.rounds * len(speeds))
+        for name in (*DENSE, *SETTINGS):
+            models[name] = Ours(args.model, name)
             models[name](8)  # compiles
             bars.advance(bar)
         for _ in range(args.rounds):
@@ -151,9 +155,14 @@ def main() -> None:
                     models[name](args.tokens) if name in models else theirs(args.llama_bench, files[name], args.tokens)
                 )
                 bars.advance(bar)
-    rows = [{"name": name, "peer": name in files, "tokens_per_second": s} for name, s in speeds.items()]
+    owner = {**dict.fromkeys(files, "llama.cpp"), **dict.fromkeys(DENSE, "torch"), **dict.fromkeys(SETTINGS, "popmm")}
+    rows = [{"name": name, "owner": owner[name], "tokens_per_second": s} for name, s in speeds.items()]
     if args.text:
         measure(args, files, rows)
+    elif args.quality:
+        known = {row["name"]: row for row in json.loads(args.quality.read_text())["rows"]}
+        for row in rows:
+            row.update({key: known[row["name"]][key] for key in ("kl", "top1")})
     report(args, rows)
 
 
@@ -165,33 +174,38 @@ def measure(args: argparse.Namespace, files: dict[str, Path], rows: list[dict]) 
     reference = [decode_logits(model, case.inputs, case.tokens, nullcontext) for case in cases]
     with progress() as bars:
         for row in bars.track(rows, description="quality"):
-            if row["peer"]:
+            if row["owner"] == "llama.cpp":
                 own = from_gguf(files[row["name"]])
                 row["kl"], row["top1"] = quality(own, cases, reference, nullcontext)
-            elif SETTINGS[row["name"]] is None:
-                row["kl"], row["top1"] = 0.0, 1.0
+            elif row["owner"] == "torch":
+                own = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+                if DENSE[row["name"]] is not None:
+                    quantize_(own, DENSE[row["name"]]())
+                row["kl"], row["top1"] = quality(own, cases, reference, nullcontext)
             else:
                 with popmm.pruned(model, **SETTINGS[row["name"]]) as state:
                     row["kl"], row["top1"] = quality(model, cases, reference, state.simulated_decode)
 
 
 def report(args: argparse.Namespace, rows: list[dict]) -> None:
+    order = ["llama.cpp", "torch", "popmm"]
     print("| | tokens/s (median, least, most) | KL to 16 bits | top-1 |\n|---|---|---|---|")
-    for row in sorted(rows, key=lambda row: (not row["peer"], row.get("kl", 0.0))):
+    for row in sorted(rows, key=lambda row: (order.index(row["owner"]), row.get("kl", 0.0))):
         s = row["tokens_per_second"]
         speed = f"{statistics.median(s):.1f} ({min(s):.1f} to {max(s):.1f})"
         kl = f"{row['kl']:.4f} | {row['top1']:.1%}" if "kl" in row else "- | -"
-        print(f"| {'llama.cpp' if row['peer'] else 'popmm'} {row['name']} | {speed} | {kl} |")
+        print(f"| {row['owner']} {row['name']} | {speed} | {kl} |")
     if args.json:
         settings = {"model": args.model.name, "tokens": args.tokens, "passages": args.passages, "prompt": PROMPT}
         args.json.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
-    if args.plot and args.text:
+    if args.plot and (args.text or args.quality):
         from popmm.evaluation.quality_plots import speed_figure
 
         points = {}
         for row in rows:
-            owner = "llama.cpp" if row["peer"] else "popmm"
-            points.setdefault(owner, []).append((statistics.median(row["tokens_per_second"]), row["kl"], row["name"]))
+            points.setdefault(row["owner"], []).append(
+                (statistics.median(row["tokens_per_second"]), row["kl"], row["name"])
+            )
         speed_figure(points, args.model.name, args.plot)
 
 
