@@ -32,6 +32,7 @@ from .forms import (
     ungated,
 )
 from .moe import verify_experts
+from .own_experts import verify_caller
 from .quantised import activations_in
 from .reasons import why_never_decoding, why_nothing
 from .spread import pair_site, verify_pairs
@@ -104,11 +105,11 @@ class _Search:
         self._visit(module, module, module, layer)
         if not layer.sites and not self._left:
             self._find_spread(layer)
-        routed = {id(site.module) for site in layer.sites if site.is_experts}
+        routed = {id(site.module) for site in layer.sites if site.is_routed}
         routed |= {id(left) for left, _ in self._left if _is_routed(left) and not routed}
         for site in layer.sites:
             site.name, site.layer = site.name or self.names[id(site.module)], index
-            site.shared = bool(routed) and not site.is_experts
+            site.shared = bool(routed) and not site.is_routed
         for left, top in self._left:
             if not routed or id(left) in routed:  # shared experts count on neither side
                 layer.attention_weights += _active_weights(left, top)
@@ -214,7 +215,8 @@ class _Search:
                 raise
             site = self._pair(module, pair)
         if site is not None and site.is_experts:
-            site.top_k = _router_top_k(top) or site.top_k
+            if site.is_routed:
+                site.top_k = _router_top_k(top) or site.top_k
             if not site.top_k:
                 config = type(getattr(module, "config", None)).__name__
                 raise UnsupportedModelError(
@@ -222,7 +224,7 @@ class _Search:
                     "a token activates"
                 )
             if self._probing:
-                verify_experts(site)
+                verify_experts(site) if site.routing is None else verify_caller(site, parent)
         return site
 
     def _leave_out(self, module: nn.Module, reason: str) -> None:

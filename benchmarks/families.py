@@ -64,8 +64,9 @@ def survey(family: str) -> dict:
         return {**row, "present": len(present), "status": REFUSED, "reason": _line(error)}
     sites = {site.name: site for site in description.sites()}
     left_out = description.left_out
+    whole = [*left_out, *(name for name, site in sites.items() if site.entry is None)]
     present, missed = count_ffns(
-        model, D_MODEL, set(sites), lambda name: any(f"{name}.".startswith(f"{left}.") for left in left_out)
+        model, D_MODEL, set(sites), lambda name: any(f"{name}.".startswith(f"{known}.") for known in whole)
     )
     lists = [left for left in left_out if any(name.startswith(f"{left}.") for name in present)]
     inside = [name for name in present if any(name.startswith(f"{left}.") for left in lists)]

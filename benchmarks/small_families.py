@@ -102,7 +102,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "nemotron": {"num_key_value_heads": 2},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "xmod": {"default_language": "en_XX"},
     "ministral3": {"rope_parameters": YARN},
@@ -133,7 +133,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "mistral4": {"rope_parameters": {**YARN, "partial_rotary_factor": 1.0}, "head_dim": HEAD_DIM},
-    "longcat_flash": {"head_dim": HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM},
+    "longcat_flash": {"head_dim": HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM, "zero_expert_num": 2},
     "xlstm": {"qk_dim_factor": 1.0, "num_heads": 2},
     "diffusion_gemma": {"text_config": GEMMA4_EXPERTS},
     "qwen2_5_omni_thinker": {**SPECIAL, **MROPE},
