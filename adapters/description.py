@@ -223,8 +223,10 @@ class _Search:
                     f"{type(module).__name__} has experts, but neither the router nor {config} says how many of them "
                     "a token activates"
                 )
-            if self._probing:
-                verify_experts(site) if site.routing is None else verify_caller(site, parent)
+            if site.routing is not None:
+                verify_caller(site, parent, self._probing)
+            elif self._probing:
+                verify_experts(site)
         return site
 
     def _leave_out(self, module: nn.Module, reason: str) -> None:

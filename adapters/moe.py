@@ -35,12 +35,12 @@ class ExpertsAdapter:
 
     def site(self, module: nn.Module, probe: bool) -> FFNSite | None:
         kind = type(module).__name__
-        if not all(hasattr(module, mark) for mark in _MARKS):
-            return own_experts(module, probe)
         if is_expert_parallel(module):
             raise UnsupportedModelError(
                 f"{kind} spreads its experts over devices: load the model without expert parallelism"
             )
+        if not all(hasattr(module, mark) for mark in _MARKS):
+            return own_experts(module, probe)
         packed = None
         for name, parameter in module.named_parameters(recurse=False):
             if name in PROJECTIONS and tells_its_values(parameter):

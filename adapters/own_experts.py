@@ -54,7 +54,7 @@ def own_experts(module: nn.Module, probe: bool) -> FFNSite | None:
     names = _stacks(module)
     if not names:
         return None
-    kind, held = type(module).__name__, f"holds stacked experts ({', '.join(names)})"
+    kind, held = type(module).__name__, f"holds stacked experts ({', '.join(names)}) outside transformers' interface"
     stacks = {name: module.get_parameter(name) for name in names}
     for name, p in stacks.items():
         reason = "" if p.is_meta and type(p) is nn.Parameter else why_not_readable(p)
@@ -62,16 +62,18 @@ def own_experts(module: nn.Module, probe: bool) -> FFNSite | None:
             raise UnsupportedModelError(f"{kind} has experts that cannot be read: {name} {reason}")
     readings = list(_readings(module, stacks))
     if not readings:
-        raise UnsupportedModelError(f"{kind} {held} whose shapes are not those of gate, up and down: {_OTHER_FORM}")
+        raise UnsupportedModelError(f"{kind} {held}, of shapes that are not gate, up and down: {_OTHER_FORM}")
     others = [name for name, _ in _parameters(module, names) if name not in names]
     calls = list(_calls(module, readings[0], stacks, others))
     if not calls:
-        beside = f", and {', '.join(others)} beside them" if others else ""
-        raise UnsupportedModelError(f"{kind} {held}{beside} and calls them in a way of its own: {_OTHER_FORM}")
+        beside = f"{', '.join(others)} beside them, " if others else ""
+        raise UnsupportedModelError(f"{kind} {held}, {beside}and is called in another way than known: {_OTHER_FORM}")
     combines = [*_own_gates(module), *map(_plain, _activations(module, names))]
     found = _verified(module, stacks, readings, calls, combines) if probe else (readings[0], calls[0], combines[0])
     if found is None:
-        raise UnsupportedModelError(f"{kind} {held} and computes something other than act(gate) * up: {_OTHER_FORM}")
+        raise UnsupportedModelError(
+            f"{kind} {held}, and computes something other than down(act(gate(x)) * up(x)): {_OTHER_FORM}"
+        )
     reading, routing, combine = found
     n = reading.n_experts
     return FFNSite(
@@ -85,8 +87,11 @@ def own_experts(module: nn.Module, probe: bool) -> FFNSite | None:
 
 
 @torch.no_grad()
-def verify_caller(site: FFNSite, caller: nn.Module) -> None:
+def verify_caller(site: FFNSite, caller: nn.Module, probe: bool) -> None:
     """Verifies what the caller of experts must keep to, where the experts themselves cannot tell.
+
+    Args:
+        probe: run the caller too.
 
     Raises:
         UnsupportedModelError: tokens come to experts in another way than ``EachGetsAll`` takes for granted.
@@ -99,6 +104,8 @@ def verify_caller(site: FFNSite, caller: nn.Module) -> None:
             f"{kind} is given all tokens for each expert, and {site.top_k} experts count for each token: popmm prunes "
             f"this form for one expert a token"
         )
+    if not probe:
+        return
     x = _tokens(w.d_model, w.gate)
     handle = site.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
