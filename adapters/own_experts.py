@@ -278,7 +278,10 @@ def _tokens(d_model: int, gate: Tensor) -> Tensor:
 def _rows(module: nn.Module, stack: Stack, n_experts: int) -> Tensor:
     """``[n_experts, out, in]``."""
     w = module.get_parameter(stack.name)
-    w = w.view(n_experts, -1, w.shape[-1]) if w.ndim == 2 else w[:n_experts]
+    if w.ndim == 2:
+        w = w.view(n_experts, -1, w.shape[-1])
+    elif len(w) > n_experts:
+        w = w[:n_experts]  # else the parameter itself, which may be stored by channel in its place
     return w.mT if stack.turned else w
 
 

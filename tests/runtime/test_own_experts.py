@@ -17,6 +17,7 @@ SELECTIONS = {
     "mask": CONFIG.replace(selection="mask"),
     "keep": CONFIG.replace(selection="keep"),
     "gate": CONFIG.replace(selection="gate", gate_bits=16, candidate_fraction=0.8),
+    "gate, in place": CONFIG.replace(selection="gate", gate_bits=16, candidate_fraction=0.8, layout="permute"),
 }
 
 
