@@ -126,7 +126,7 @@ def test_two_ffns_of_one_layer_and_its_experts_are_found():
             "zamba2",
             r"feed_forward \(Zamba2MLP\) has the layers of an FFN and others beside them \(gate_up_proj_ad",
         ),
-        ("bitnet", r"\(BitNetMLP\) computes a channel from other channels too \(a norm"),
+        ("bitnet", r"\(BitNetMLP\) divides its channels by a norm over all of them before its down projection"),
         ("mamba", r"MambaForCausalLM has no FFNs: its layers hold nothing but mixers.*mixer \(MambaMixer\)"),
         (
             "rwkv",
