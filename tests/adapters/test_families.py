@@ -241,3 +241,12 @@ def test_every_family_of_transformers_is_described_or_refused(auto):
             outcomes[config.model_type] = 0
     assert len(outcomes) > 50
     assert sum(sites > 0 for sites in outcomes.values()) > 0.5 * len(outcomes)
+
+
+def test_a_cache_of_a_models_own_is_refused_at_attach():
+    model = build("xlstm")
+    for probe in (True, False):
+        with pytest.raises(
+            popmm.UnsupportedModelError, match="keeps what it has read in xLSTMCache, a form of its own"
+        ):
+            describe(model, probe=probe)
