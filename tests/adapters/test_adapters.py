@@ -160,7 +160,7 @@ def test_channels_that_depend_on_each_other_are_left_out_without_a_probe_too(lla
     llama.model.layers[0].mlp = Normed(llama.model.layers[0].mlp)
     for probe in (True, False):
         description = describe(llama, probe=probe)
-        assert "computes a channel from other channels too" in description.left_out["model.layers.0.mlp"]
+        assert "divides its channels by a norm over all of them" in description.left_out["model.layers.0.mlp"]
         assert len(list(description.sites())) == 1
 
 
