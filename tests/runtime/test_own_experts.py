@@ -230,3 +230,12 @@ def test_weights_can_be_freed(name, tmp_path):
         assert state.freed_bytes() > 0
     assert (found[0] - kept[0]).norm() < 0.1 * kept[0].norm()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_lossless_decoding_gives_the_dense_models_tokens(name):
+    model, ids = built(name), tiny.prompt(9)
+    how = dict(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, min_new_tokens=8)
+    dense = model.generate(**how)
+    with popmm.pruned(model, lossless=True) as state:
+        assert torch.equal(model.generate(**how), dense)
+        assert state.passes["decode"] > 0 and state.passes["dense"] == 0
