@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from popmm.method.ffn import FFNWeights
 
+from .routing import Routing
+
 
 class UnsupportedModelError(ValueError):
     """The model, or a part of it, is not of a form that popmm can prune."""
@@ -42,7 +44,7 @@ class FFNSite:
     ``FFNWeights``, whatever the architecture's own arrangement.
     """
 
-    module: nn.Module  # called as module(x) for an FFN, module(x, top_k_index, top_k_weights) for experts
+    module: nn.Module  # called as module(x) for an FFN, module(x, top_k_index, top_k_weights) for most experts
     weights: Callable[[], FFNWeights]
     combine: Callable[[Tensor, Tensor | None], Tensor]  # (gate [..., n], up [..., n] or None) -> h [..., n]
     down: nn.Module | None = None  # the FFN's down projection: its input is h
@@ -50,6 +52,8 @@ class FFNSite:
     split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # experts: joint output [n, 2 d_ff] to (gate, up)
     n_experts: int = 0  # 0: a plain FFN
     top_k: int = 0  # experts that one token activates
+    routing: Routing | None = None  # of experts outside transformers' interface: how their module is called
+    after: Callable[[Tensor], Tensor] | None = None  # what each expert's output [n, d_model] goes through
     factor: Callable[[], Tensor | float] | None = None  # of the output, if any: combine's h is down's input times it
     values: Callable[[], FFNWeights] | None = None  # of packed ones, computed; ``weights`` has shapes alone
     packed: PackedWeights | None = None  # quantised layers or stacks, and layers with adapters
@@ -65,6 +69,11 @@ class FFNSite:
     @property
     def is_experts(self) -> bool:
         return self.n_experts > 0
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a token goes to some of several experts."""
+        return self.is_experts and not (self.routing is not None and self.routing.all_experts)
 
     def read(self) -> FFNWeights:
         """The weights with their values, which quantised layers compute at each call."""

@@ -145,7 +145,7 @@ def find_combination(
         some = _try(run, gate[..., few], None if up is None else up[..., few])
         size = float((y * h).sum() / (h * h).sum())
         if some is None or not close(some[0], h[..., few], tolerance):
-            refused = refused or (_OF_OTHERS if _depends_on_others(run, gate, up, h, few, tolerance) else _OF_PLACE)
+            refused = refused or _why_not_by_channel(run, gate, up, h, few, tolerance)
         elif not close(y, size * h, tolerance):
             refused = f"changes its output after the down projection: popmm prunes {form_of(reading)}"
         elif general is None or not general[0]:
@@ -166,6 +166,11 @@ _OF_OTHERS = (
     "computes a channel from other channels too (a norm or a choice among them stands between its projections): popmm "
     "prunes FFNs whose channels do not depend on each other"
 )
+_OF_NORM = (
+    "divides its channels by a norm over all of them before its down projection: a pruned step computes some of them "
+    "only, and so would divide by another number than the dense model; popmm prunes FFNs whose channels do not depend "
+    "on each other"
+)
 _OF_PLACE = (
     "treats its channels differently between its projections (parameters of its own for each of them): popmm prunes "
     "FFNs whose channels are all computed alike"
@@ -177,16 +182,22 @@ def form_of(reading: Reading) -> str:
     return "down(act(gate(x)) * up(x))" if reading.gated else "down(act(up(x)))"
 
 
-def _depends_on_others(
+def _why_not_by_channel(
     run: Callable, gate: Tensor, up: Tensor | None, h: Tensor, few: Tensor, tolerance: float
-) -> bool:
-    """Whether other channels' h change with those of ``few``."""
+) -> str:
+    """What is said of a module whose channels ``few`` are not computed as they are among all: do others change too?"""
     changed = gate.clone()
     changed[..., few] += 1
     rest = torch.ones(gate.shape[-1], dtype=torch.bool, device=gate.device)
     rest[few] = False
     ran = _try(run, changed, up)
-    return ran is None or not close(ran[0][..., rest], h[..., rest], tolerance)
+    if ran is None:
+        return _OF_OTHERS
+    now, before = ran[0][..., rest], h[..., rest]
+    if close(now, before, tolerance):
+        return _OF_PLACE
+    factor = (now * before).sum(-1, keepdim=True) / before.square().sum(-1, keepdim=True)
+    return _OF_NORM if close(now, factor * before, tolerance) else _OF_OTHERS
 
 
 def samples(down: nn.Module) -> tuple[Tensor, Tensor, float]:

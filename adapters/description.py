@@ -32,6 +32,7 @@ from .forms import (
     ungated,
 )
 from .moe import verify_experts
+from .own_experts import verify_caller
 from .quantised import activations_in
 from .reasons import why_never_decoding, why_nothing
 from .spread import pair_site, verify_pairs
@@ -104,11 +105,11 @@ class _Search:
         self._visit(module, module, module, layer)
         if not layer.sites and not self._left:
             self._find_spread(layer)
-        routed = {id(site.module) for site in layer.sites if site.is_experts}
+        routed = {id(site.module) for site in layer.sites if site.is_routed}
         routed |= {id(left) for left, _ in self._left if _is_routed(left) and not routed}
         for site in layer.sites:
             site.name, site.layer = site.name or self.names[id(site.module)], index
-            site.shared = bool(routed) and not site.is_experts
+            site.shared = bool(routed) and not site.is_routed
         for left, top in self._left:
             if not routed or id(left) in routed:  # shared experts count on neither side
                 layer.attention_weights += _active_weights(left, top)
@@ -214,14 +215,17 @@ class _Search:
                 raise
             site = self._pair(module, pair)
         if site is not None and site.is_experts:
-            site.top_k = _router_top_k(top) or site.top_k
+            if site.is_routed:
+                site.top_k = _router_top_k(top) or site.top_k
             if not site.top_k:
                 config = type(getattr(module, "config", None)).__name__
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has experts, but neither the router nor {config} says how many of them "
                     "a token activates"
                 )
-            if self._probing:
+            if site.routing is not None:
+                verify_caller(site, parent, self._probing)
+            elif self._probing:
                 verify_experts(site)
         return site
 

@@ -78,9 +78,14 @@ def is_block(module: nn.Module) -> bool:
 
 def takes_hidden_states_alone(module: nn.Module) -> bool:
     """Whether ``module(x)`` is a call: attention has two or three linear layers too, but needs more."""
+    return arguments_needed(module) == 1
+
+
+def arguments_needed(module: nn.Module) -> int:
+    """How many arguments a call of a module has at the least."""
     parameters = _parameters_of_forward(module).values()
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(needed) == 1
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return sum(p.default is p.empty and p.kind in kinds for p in parameters)
 
 
 def _parameters_of_forward(module: nn.Module) -> dict[str, inspect.Parameter]:

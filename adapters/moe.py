@@ -19,7 +19,7 @@ from popmm.method.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
 from .between import TOLERANCE, close
-from .forms import stacked
+from .own_experts import own_experts, routed_output
 from .quantised import QUANTISED_CLOSE
 from .quantised_experts import PROJECTIONS, PackedExperts, tells_its_values
 from .weights import check_finite, is_machine_failure, why_not_readable
@@ -35,20 +35,12 @@ class ExpertsAdapter:
 
     def site(self, module: nn.Module, probe: bool) -> FFNSite | None:
         kind = type(module).__name__
-        if not all(hasattr(module, mark) for mark in _MARKS):
-            names = stacked(module)
-            if names:
-                raise UnsupportedModelError(
-                    f"{kind} holds stacked experts ({', '.join(names)}) that do not use transformers' experts "
-                    f"interface: {_OTHER_FORM}"
-                )
-            return None
-        if getattr(module, "has_post_expert_norm", False):
-            raise UnsupportedModelError(f"{kind} normalises each expert's output: popmm does not support that yet")
         if is_expert_parallel(module):
             raise UnsupportedModelError(
                 f"{kind} spreads its experts over devices: load the model without expert parallelism"
             )
+        if not all(hasattr(module, mark) for mark in _MARKS):
+            return own_experts(module, probe)
         packed = None
         for name, parameter in module.named_parameters(recurse=False):
             if name in PROJECTIONS and tells_its_values(parameter):
@@ -73,6 +65,7 @@ class ExpertsAdapter:
             split=partial(_split, module, dim=-1) if module.has_gate else None,
             n_experts=module.num_experts,
             top_k=_top_k(module),
+            after=partial(_after, module) if getattr(module, "has_post_expert_norm", False) else None,
         )
 
 
@@ -84,8 +77,6 @@ def verify_experts(site: FFNSite) -> None:
         UnsupportedModelError: they differ, or ``top_k`` is unknown; ``BrokenWeightsError`` names weights that are
             not finite.
     """
-    from popmm.method.expert_linear import expert_linear, mixed
-
     module, w, kind = site.module, site.read(), type(site.module).__name__
     if site.packed is None:
         check_finite(dict(module.named_parameters(recurse=False)))
@@ -96,11 +87,7 @@ def verify_experts(site: FFNSite) -> None:
     choice = torch.tensor([range(i, i + site.top_k) for i in range(PROBE_TOKENS)], dtype=torch.int64, device="cpu")
     index = (-1 - choice).remainder(site.n_experts).to(x.device)
     weight = torch.rand(index.shape, generator=generator, **plain).to(x)
-    experts = index.flatten()
-    pairs = x.repeat_interleave(site.top_k, dim=0)
-    up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
-    h = site.combine(expert_linear(pairs, w.gate, experts, w.gate_bias), up)
-    ours = mixed(expert_linear(h, w.down, experts, w.down_bias), weight, x)
+    ours = routed_output(w, site.combine, x, index, weight, site.after)
     tolerance = TOLERANCE.get(x.dtype, 1e-4) if site.packed is None else QUANTISED_CLOSE
     try:
         theirs = module(x, index, weight)
@@ -157,6 +144,10 @@ def _combine(module: nn.Module, gate: Tensor, up: Tensor | None) -> Tensor:
     if module.is_concatenated:
         return module._apply_gate(torch.cat([gate, up], dim=-1))
     return module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+
+
+def _after(module: nn.Module, y: Tensor) -> Tensor:
+    return module.post_expert_norm(y)
 
 
 def _top_k(module: nn.Module) -> int:

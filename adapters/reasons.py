@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from typing import get_args
 
 from torch import nn
 
-from popmm.compat import CACHE_NAMES, OTHER_STATES
+from popmm.compat import CACHE_NAMES, OTHER_STATES, Cache
 
 from .base import DecoderLayer
 from .forms import linear_weights, mixes_tokens
@@ -21,6 +22,7 @@ def why_never_decoding(model: nn.Module, decoder: nn.Module) -> str:
     reads = getattr(model, "main_input_name", "input_ids")
     parameters = inspect.signature(type(decoder).forward).parameters
     own = [name for name in _OWN_CACHES if name in parameters and not any(n in parameters for n in CACHE_NAMES)]
+    own += _own_cache_classes(parameters)
     if own:
         return (
             f"{kind} keeps what it has read in {own[0]}, a form of its own: popmm prunes models that decode on a cache "
@@ -46,6 +48,14 @@ def why_never_decoding(model: nn.Module, decoder: nn.Module) -> str:
             "once and never decodes token by token; popmm prunes decoders, such as AutoModelForCausalLM loads"
         )
     return ""
+
+
+def _own_cache_classes(parameters) -> list[str]:
+    """Names of cache classes that a forward's annotations ask for and that are none of transformers' Cache classes."""
+    asked = [parameters[name].annotation for name in (*CACHE_NAMES, *OTHER_STATES) if name in parameters]
+    kinds = [kind for annotation in asked for kind in (get_args(annotation) or (annotation,)) if isinstance(kind, type)]
+    found = [kind for kind in kinds if kind.__name__.endswith("Cache")]
+    return [] if any(issubclass(kind, Cache) for kind in found) else [kind.__name__ for kind in found]
 
 
 def _takes_a_cache(module: nn.Module) -> bool:

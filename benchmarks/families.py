@@ -64,8 +64,9 @@ def survey(family: str) -> dict:
         return {**row, "present": len(present), "status": REFUSED, "reason": _line(error)}
     sites = {site.name: site for site in description.sites()}
     left_out = description.left_out
+    whole = [*left_out, *(name for name, site in sites.items() if site.entry is None)]
     present, missed = count_ffns(
-        model, D_MODEL, set(sites), lambda name: any(f"{name}.".startswith(f"{left}.") for left in left_out)
+        model, D_MODEL, set(sites), lambda name: any(f"{name}.".startswith(f"{known}.") for known in whole)
     )
     lists = [left for left in left_out if any(name.startswith(f"{left}.") for name in present)]
     inside = [name for name in present if any(name.startswith(f"{left}.") for left in lists)]
@@ -78,7 +79,7 @@ def survey(family: str) -> dict:
     reasons = ["shared experts alone can be pruned, by shared_experts='prune'"] if only_shared else []
     reason = "; ".join(dict.fromkeys([*reasons, *left_out.values()]))
     try:
-        can_run = _check(model, popmm, dict(shared_experts="prune") if only_shared else {})
+        can_run = _check(family, model, popmm, dict(shared_experts="prune") if only_shared else {})
     except NeverPruned as error:
         return {**row, "status": DENSE, "reason": str(error)}
     except CheckFailed as error:
@@ -88,35 +89,36 @@ def survey(family: str) -> dict:
     return {**row, "status": PARTLY if left_out else PASSED, "reason": reason}
 
 
-def _check(model, popmm, more: dict) -> str:
+def _check(family: str, model, popmm, more: dict) -> str:
     """Keeps popmm's promises on a model.
 
     Returns:
-        Why the model itself generates nothing from text alone; empty if it does.
+        Why the model itself generates nothing; empty if it does.
 
     Raises:
         CheckFailed: a promise that was not kept.
     """
     import torch
+    from small_families import inputs as inputs_of
 
-    ids = torch.randint(4, 90, (1, 9), generator=torch.Generator().manual_seed(0))
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    inputs = inputs_of(family, torch.randint(4, 90, (1, 9), generator=torch.Generator().manual_seed(0)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     why = ""
     try:
         tokens, logits = _generate(model, inputs)
     except Exception as error:
-        why = f"its tiny model generates nothing from text alone ({type(error).__name__}: {_line(error)})"
+        why = f"its tiny model generates nothing ({type(error).__name__}: {_line(error)})"
     for name, settings in SETTINGS.items():
         with popmm.pruned(model, **settings, **more) as state:
             if not why:
                 _generate(model, inputs)
                 counted = dict(state.passes)
                 expected = dict(prompt=1, decode=NEW_TOKENS - 1, dense=0)
+                reasons = f" ({'; '.join(state.passes.reasons)})" if state.passes.reasons else ""
                 if not counted["decode"]:
-                    raise NeverPruned(f"generate gives it no pass of one new token on a cache (passes: {counted})")
+                    what = f"passes {counted}{reasons}"
+                    raise NeverPruned(f"generate gives it no pass of one new token that can be pruned: {what}")
                 if counted != expected:
-                    reasons = f" ({'; '.join(state.passes.reasons)})" if state.passes.reasons else ""
                     raise CheckFailed(f"{name}: passes {counted}{reasons}, expected {expected}")
         for key, value in model.state_dict().items():
             if not torch.equal(value, before[key]):

@@ -22,8 +22,8 @@ Of the {present} FFNs of the attached ones {sites} are pruned.
   was the prompt, every further token was pruned and none was dense; with nothing pruned the logits were the dense
   model's, bit for bit; after detach every weight had its bytes again.
 - **passed, some FFNs dense**: the same; the FFNs named in the last column stay dense, and `summary()` says so.
-- **attached, not run**: attach and detach passed; the tiny model itself generates nothing from text alone.
-- **attached, never pruned**: `generate` steps otherwise than by one token on a cache; every pass is dense, and says so.
+- **attached, not run**: attach and detach passed; the tiny model itself generates nothing here.
+- **attached, never pruned**: `generate` gives it no pass that can be pruned; every pass is dense, and says so.
 - **refused**: `attach` raises `UnsupportedModelError` with the sentence in the last column, and leaves the model as it
   was.
 - **not built**: no tiny model could be made from the family's defaults here; nothing is known of popmm.

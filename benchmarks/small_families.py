@@ -77,6 +77,7 @@ YARN = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+IMAGE = 100  # the token that stands for a picture
 SPECIAL = {"vision_start_token_id": 10, "vision_end_token_id": 11, "audio_start_token_id": 12}
 DOTS3 = {"head_dim": 2 * HEAD_DIM, "num_key_value_heads": HEADS}
 SMALL_CONV = {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1], "out_hidden_size": D_MODEL}
@@ -102,7 +103,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "nemotron": {"num_key_value_heads": 2},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "xmod": {"default_language": "en_XX"},
     "ministral3": {"rope_parameters": YARN},
@@ -133,8 +134,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "mistral4": {"rope_parameters": {**YARN, "partial_rotary_factor": 1.0}, "head_dim": HEAD_DIM},
-    "longcat_flash": {"head_dim": HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM},
-    "xlstm": {"qk_dim_factor": 1.0, "num_heads": 2},
+    "longcat_flash": {"head_dim": HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM, "zero_expert_num": 2},
+    "xlstm": {"qk_dim_factor": 2.0, "v_dim_factor": 2.0, "num_heads": 2},
+    **{family: {"image_token_index": IMAGE} for family in ("blip-2", "instructblip")},
+    "instructblipvideo": {"video_token_index": IMAGE},
     "diffusion_gemma": {"text_config": GEMMA4_EXPERTS},
     "qwen2_5_omni_thinker": {**SPECIAL, **MROPE},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "downsample_rate": "1/2", "spatial_target_layers": [0, 1]},
@@ -258,6 +261,24 @@ def _small_rope(values: dict[str, Any]) -> dict[str, Any]:
     if "mrope_section" in values:
         kept["mrope_section"] = [1, 1, 2]
     return kept
+
+
+def inputs(model_type: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a family's ``generate`` is given for token ids ``[1, n]``: some take no text without a picture."""
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    frames = {"blip": (), "blip-2": (), "instructblip": (), "instructblipvideo": (2,), "idefics": (1,)}.get(model_type)
+    if frames is None:
+        return given
+    pixels = torch.randn(1, *frames, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    if model_type == "idefics":
+        seen = torch.ones(*ids.shape, 1, dtype=torch.int64)
+        return {**given, "pixel_values": pixels, "image_attention_mask": seen}
+    if model_type != "blip":  # a token for each of what the picture becomes
+        own = torch.full((1, 4 * (frames or (1,))[0]), IMAGE)
+        both = torch.cat([own, ids], dim=1)
+        given = {"input_ids": both, "attention_mask": torch.ones_like(both)}
+    questions = {"qformer_input_ids": ids} if model_type.startswith("instructblip") else {}
+    return {**given, **questions, "pixel_values": pixels}
 
 
 @torch.no_grad()

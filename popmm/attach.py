@@ -30,11 +30,13 @@ from popmm.runtime.dense import PrunedFFN
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts import PrunedExperts
 from popmm.runtime.freed import FreedWeights
+from popmm.runtime.own_experts import PrunedOwnExperts
 from popmm.runtime.pair import PrunedPair
 from popmm.runtime.partitions import Partitions
 from popmm.runtime.phase import Phase
 from popmm.runtime.rest import RestLayer, rest_layers
 from popmm.runtime.runner import Runner
+from popmm.runtime.site import PrunedSite
 from popmm.runtime.tower import PrunedTowerFFN, tower_ratio
 from popmm.runtime.wiring import wire
 from popmm.state import PartitionState
@@ -192,8 +194,7 @@ def _plan(
             continue
         sizes, several = sizes_for(site, ratio, config, rule), sizes_together(site, ratio, config)
         layouts.append(choose_layout(site, sizes, several, config, why_not_in_place(site.module, shared)))
-        kind = PrunedExperts if site.is_experts else PrunedFFN if site.entry is None else PrunedPair
-        ffns.append(kind(site, sizes, config, layouts[-1]))
+        ffns.append(_kind(site)(site, sizes, config, layouts[-1]))
     tower = _pruned_tower(model, config)
     phase = Phase(config.waiting_calls, config.lossless)
     rest: list[RestLayer] = []
@@ -204,8 +205,14 @@ def _plan(
     drafts = Drafts(runner, config.draft_tokens) if config.lossless else None
     freed = FreedWeights(model, ffns, shared) if config.weights == "replace" else None
     state = PartitionState(given, ratio, ffns, left_dense, rest, runner, tower, description.left_out, freed)
-    experts = [site.module for site in left_dense if site.is_experts]
+    experts = [site.module for site in left_dense if site.is_experts and site.routing is None]
     return wire(model, description.decoder, surroundings, state, runner, ffns, tower, experts, rest, freed, drafts)
+
+
+def _kind(site: FFNSite) -> type[PrunedSite]:
+    if site.is_experts:
+        return PrunedExperts if site.routing is None else PrunedOwnExperts
+    return PrunedFFN if site.entry is None else PrunedPair
 
 
 def _check_spread(config: PopConfig) -> None:

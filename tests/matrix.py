@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import small_families
 import tiny
 import tiny_vlm
 import torch
@@ -34,14 +35,17 @@ class Case:
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in found.items()}
 
 
+# experts outside transformers' interface: below each other in one matrix, with their router, given all tokens each
+OWN_EXPERTS = [name for name in ("dbrx", "jetmoe", "llama4_text") if name in small_families.families()]
 MODELS = {
     **{name: Case(name, tiny.dense) for name in tiny.DENSE},
     **{name: Case(name, tiny.dense) for name in tiny.UNGATED},
     **{name: Case(name, tiny.moe) for name in tiny.MOE},
+    **{name: Case(name, small_families.small_model) for name in OWN_EXPERTS},
     **{f"{name} (pictures)": Case(name, tiny_vlm.build, pictures=True) for name in tiny_vlm.VLMS},
 }
 # one of each form: plain, with biases, fused, without a gate and transposed with biases, without a module, experts,
-# with shared ones, transposed with biases, with pictures
+# with shared ones, transposed with biases, run by their module, with pictures
 FORMS = [
     "llama",
     "llama-bias",
@@ -51,6 +55,7 @@ FORMS = [
     "mixtral",
     "qwen2-moe",
     "gpt-oss",
+    *OWN_EXPERTS[1:2],
     "llava (pictures)",
     "qwen3-vl-moe (pictures)",
 ]

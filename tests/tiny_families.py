@@ -125,6 +125,7 @@ SETTINGS = {
     ),
     "starcoder2": tiny.COMMON,
     "nanochat": tiny.COMMON,
+    "xlstm": dict(vocab_size=tiny.VOCAB, hidden_size=64, num_hidden_layers=1, num_heads=4, pad_token_id=0),
 }
 KNOWN = [name for name in SETTINGS if name in CONFIG_MAPPING]
 

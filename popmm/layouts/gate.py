@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from popmm import kernels
 from popmm.kernels.precision import without_autocast
@@ -91,7 +91,7 @@ class GateLayout(ChannelsStay):
                 self.up, own_up = as_rows(source.up)
                 if not own_up:
                     self._buffers.append(self.up.rows)
-            if self.in_place and source.down.is_contiguous():
+            if self.in_place and source.down.is_contiguous() and isinstance(source.down, nn.Parameter):
                 self._turn(source.down)
             self.down, own_down = as_rows(source.down.mT)
             if not own_down:

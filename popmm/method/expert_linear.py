@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,13 +37,15 @@ def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | Non
     return y if bias is None else y + bias[experts]
 
 
-def mixed(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+def mixed(y: Tensor, weight: Tensor, x: Tensor, after: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Outputs of all (token, choice) pairs, summed over a token's experts by router weight, in x's dtype.
 
     Args:
         y: ``[n_tokens * k, d_model]``.
         weight: ``[n_tokens, k]``.
+        after: what each output goes through before it is weighted, such as a norm.
     """
+    y = y if after is None else after(y)
     return (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1).to(x.dtype)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from popmm.adapters import FFNSite
 from popmm.adapters.dense import TOLERANCE
+from popmm.adapters.own_experts import routed_output
 from popmm.method import ffn as arithmetic
 from popmm.method.expert_linear import expert_linear, mixed
 from popmm.method.ffn import FFNWeights
@@ -28,7 +30,7 @@ class PrunedExperts(PrunedSite):
         own = dense_experts(self.site.module, phase)
         self.dense_forward = lambda *routed: self._by_planes(*routed) if self.replaced else own(*routed)
         self._implementation = former_implementation(self.site.module)
-        self._rows = self._probe()
+        self._rows = _row_order(self)
 
     def overrides(self) -> list[Override]:
         return [Override(self.site.module, ON_MODULE, self.forward)] if self.switched else []
@@ -63,12 +65,12 @@ class PrunedExperts(PrunedSite):
             return self._decode_predicted(x, index, weight)
         w, layout, sizes = self.layout.weights, self.layout, self.sizes
         experts = index.flatten()
-        h, passing = self._hidden(x, index, w), None
+        h, passing = self._hidden_and_up(x, index, w)[0], None
         if self.config.selection == "mask":
             norm = layout.down_norm[experts]
             passing = arithmetic.select(h, self.ranking.score, norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, None if layout.mean is None else layout.mean[experts])
-        return _down(h, w, index, weight, x), passing
+        return _down(self.site, h, w, index, weight, x), passing
 
     def observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook that only measures: at ratio 0 the model's own experts run, whatever implementation is set."""
@@ -82,31 +84,33 @@ class PrunedExperts(PrunedSite):
 
     def prefill(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Prompt pass: dense, or with the pruned channels of each expert off."""
-        prompt = self.phase.prompt
-        if prompt is None:
+        if self.phase.prompt is None:
             return self.dense_forward(x, index, weight)
-        pruning = self.config.prefill == "pruned" and not (self.sizes.is_dense or prompt.refreshes)
-
-        def observe(h: Tensor, up: Tensor | None, rows: Tensor) -> Tensor:
-            """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``."""
-            statistics = self._measure(h, up, rows, index, weight)
-            return self._without_pruned(h, index.flatten()[rows], statistics) if pruning else h
-
         if self._rows is not None and not self.replaced:
             rows = self._rows(index.flatten())
 
             def seen(h: Tensor, gate_up: Tensor) -> Tensor:
-                return observe(h, None if self.site.split is None else self.site.split(gate_up)[1], rows)
+                up = None if self.site.split is None else self.site.split(gate_up)[1]
+                return self._observed(h, up, rows, index, weight)
 
             return self._implementation(_Observed(self.site.module, seen), x, index, weight)
+        y = self.read(x, index, weight)
+        return self.dense_forward(x, index, weight) if y is None else y
+
+    def read(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
+        """Measures a prompt's h, which is computed for that; the output, where the dense module's is not to be used."""
         w = self.weights()
-        h = observe(*self._hidden_and_up(x, index, w), _natural(index.flatten()))
-        return _down(h, w, index, weight, x) if pruning or self.replaced else self.dense_forward(x, index, weight)
+        h = self._observed(*self._hidden_and_up(x, index, w), _natural(index.flatten()), index, weight)
+        return _down(self.site, h, w, index, weight, x) if _prunes_prompt(self) or self.replaced else None
+
+    def _observed(self, h: Tensor, up: Tensor | None, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``; what is to go on."""
+        statistics = self._measure(h, up, rows, index, weight)
+        return self._without_pruned(h, index.flatten()[rows], statistics) if _prunes_prompt(self) else h
 
     def _by_planes(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The dense experts of all that the planes hold."""
-        w = self.weights()
-        return _down(self._hidden(x, index, w), w, index, weight, x)
+        return routed_output(self.weights(), self.site.combine, x, index, weight, self.site.after)
 
     def _decode_predicted(self, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         experts, combine = index.flatten(), self.site.combine
@@ -114,13 +118,13 @@ class PrunedExperts(PrunedSite):
         if self.gathers(len(x)):
             y = self.layout.step(pairs, combine, experts) if self.trace is None else None
             if y is not None:
-                return mixed(y, weight, x), None
+                return mixed(y, weight, x, self.site.after), None
             y, places = self.layout.decode(pairs, combine, experts)
             passing = self.marked(places) if self.trace is not None else None
         else:
             choose = self.choose if self.phase.simulating else None
             y, passing = self.layout.decode_all(pairs, combine, self.site.weights(), choose, experts)
-        return mixed(y, weight, x), passing
+        return mixed(y, weight, x, self.site.after), passing
 
     def record(self, index: Tensor, passing: Tensor | None) -> None:
         """Adds a step to the trace: channels of routed experts that passed, in the model's own numbers."""
@@ -166,44 +170,13 @@ class PrunedExperts(PrunedSite):
             return h.scatter(1, places, mean.to(h.dtype))
         return h.scatter(1, places, 0.0)
 
-    def _hidden(self, x: Tensor, index: Tensor, w: FFNWeights) -> Tensor:
-        """h of all (token, choice) pairs ``[n_tokens * k, d_ff]``, in natural order."""
-        return self._hidden_and_up(x, index, w)[0]
-
     def _hidden_and_up(self, x: Tensor, index: Tensor, w: FFNWeights) -> tuple[Tensor, Tensor | None]:
+        """h of all (token, choice) pairs ``[n_tokens * k, d_ff]`` in natural order, and the up projection."""
         experts = index.flatten()
         pairs = x.repeat_interleave(index.shape[-1], dim=0)
         gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
         up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
         return self.site.combine(gate, up), up
-
-    @torch.no_grad()
-    def _probe(self) -> Callable[[Tensor], Tensor] | None:
-        """Finds the row order of the running implementation's h.
-
-        Implementations that pass h through ``_apply_gate`` can be observed at no cost. Returns a function
-        from flat expert numbers to the (token, choice) pair behind each row, or None if h must be
-        computed a second time.
-        """
-        w, here = self.site.read(), dict(dtype=torch.int64, device="cpu")
-        generator, n_tokens = torch.Generator("cpu").manual_seed(0), 4
-        x = torch.randn(n_tokens, w.d_model, generator=generator, dtype=torch.float32, device="cpu").to(w.gate)
-        # falling expert numbers, so that no two row orders look alike
-        choice = torch.arange(n_tokens, **here)[:, None] + torch.arange(self.site.top_k, **here)
-        index = (-1 - choice).remainder(self.site.n_experts).to(x.device)
-        weight = torch.ones(index.shape, dtype=x.dtype, device=x.device)
-        h = self._hidden(x, index, w)
-        seen: list[Tensor] = []
-
-        def keep(rows: Tensor, gate_up: Tensor) -> Tensor:
-            seen.append(rows)
-            return rows
-
-        self._implementation(_Observed(self.site.module, keep), x, index, weight)
-        for order in (_natural, _by_expert):
-            if len(seen) == 1 and seen[0].shape == h.shape and _close(seen[0], h[order(index.flatten())]):
-                return order
-        return None
 
 
 class _Observed:
@@ -226,6 +199,35 @@ class _Observed:
         return h if self._module.has_gate else self._observe(h, up)
 
 
+@torch.no_grad()
+def _row_order(ffn: PrunedExperts) -> Callable[[Tensor], Tensor] | None:
+    """Finds the row order of the running implementation's h.
+
+    Implementations that pass h through ``_apply_gate`` can be observed at no cost. Returns a function
+    from flat expert numbers to the (token, choice) pair behind each row, or None if h must be
+    computed a second time.
+    """
+    w, here = ffn.site.read(), dict(dtype=torch.int64, device="cpu")
+    generator, n_tokens = torch.Generator("cpu").manual_seed(0), 4
+    x = torch.randn(n_tokens, w.d_model, generator=generator, dtype=torch.float32, device="cpu").to(w.gate)
+    # falling expert numbers, so that no two row orders look alike
+    choice = torch.arange(n_tokens, **here)[:, None] + torch.arange(ffn.site.top_k, **here)
+    index = (-1 - choice).remainder(ffn.site.n_experts).to(x.device)
+    weight = torch.ones(index.shape, dtype=x.dtype, device=x.device)
+    h, _ = ffn._hidden_and_up(x, index, w)
+    seen: list[Tensor] = []
+
+    def keep(rows: Tensor, gate_up: Tensor) -> Tensor:
+        seen.append(rows)
+        return rows
+
+    ffn._implementation(_Observed(ffn.site.module, keep), x, index, weight)
+    for order in (_natural, _by_expert):
+        if len(seen) == 1 and seen[0].shape == h.shape and _close(seen[0], h[order(index.flatten())]):
+            return order
+    return None
+
+
 # row orders of h, as the (token, choice) pair behind each row, from flat expert numbers
 def _natural(experts: Tensor) -> Tensor:
     return torch.arange(len(experts), dtype=torch.int64, device=experts.device)
@@ -235,9 +237,13 @@ def _by_expert(experts: Tensor) -> Tensor:
     return experts.sort()[1]
 
 
-def _down(h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+def _prunes_prompt(ffn: PrunedExperts) -> bool:
+    return ffn.config.prefill == "pruned" and not (ffn.sizes.is_dense or ffn.phase.prompt.refreshes)
+
+
+def _down(site: FFNSite, h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """Down projection of h ``[n_tokens * k, n]``, summed over a token's experts by router weight, in x's dtype."""
-    return mixed(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x)
+    return mixed(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x, site.after)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

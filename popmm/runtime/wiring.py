@@ -72,13 +72,14 @@ def wire(
     overrides += attention_overrides(decoder, runner.phase) if rest and not runner.stateless else []
     overrides += [] if freed is None else freed.overrides()
     hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
-    switches_experts = any(ffn.site.is_experts and not ffn.sizes.is_dense for ffn in ffns)
+    experts = [ffn for ffn in ffns if ffn.site.is_experts and ffn.site.routing is None]
+    switches_experts = any(not ffn.sizes.is_dense for ffn in experts)
     for ffn in ffns:
         ffn.wire(runner.phase, switches_experts)
         ffn.integrity = Integrity(model, ffn.name, ffn.site.module, ffn.site.places)
         overrides += ffn.overrides()
         hooks += ffn.hooks()
-        own = None if ffn.site.is_experts or ffn.site.entry is not None else ffn.forward
+        own = None if ffn in experts or ffn.site.entry is not None else ffn.forward
         notes.append(functools.partial(ffn.integrity.installed, own))
     if switches_experts:
         overrides += [Override(module, ON_MODULE, dense_experts(module, runner.phase)) for module in dense_modules]

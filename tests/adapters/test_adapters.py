@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from popmm.adapters import describe
+from popmm.adapters.own_experts import own_experts, verify_caller
 from torch import nn
 
 import popmm
@@ -61,7 +62,7 @@ def test_stacked_experts_off_the_interface_are_left_out(llama):
     llama.model.layers[1].experts = Foreign()
     description = describe(llama)
     assert re.match(
-        r"Foreign holds stacked experts \(gate_up, down\) that do not use transformers' experts interface",
+        r"Foreign holds stacked experts \(gate_up, down\) outside transformers' interface, and is called in another",
         description.left_out["model.layers.1.experts"],
     )
     assert [site.name for site in description.sites()] == ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -159,7 +160,7 @@ def test_channels_that_depend_on_each_other_are_left_out_without_a_probe_too(lla
     llama.model.layers[0].mlp = Normed(llama.model.layers[0].mlp)
     for probe in (True, False):
         description = describe(llama, probe=probe)
-        assert "computes a channel from other channels too" in description.left_out["model.layers.0.mlp"]
+        assert "divides its channels by a norm over all of them" in description.left_out["model.layers.0.mlp"]
         assert len(list(description.sites())) == 1
 
 
@@ -340,3 +341,84 @@ def test_bundled_models_are_described_without_a_probe():
     model, _ = zoo.load("stories-moe")
     sites = list(describe(model, probe=False).sites())
     assert [(site.n_experts, site.top_k) for site in sites] == [(8, 2)] * 4
+
+
+class Own(nn.Module):
+    """Experts by a loop, of one's own: gate and up interleaved, weights turned, called with tokens that are routed."""
+
+    def __init__(self, n_experts=3, d_model=8, d_ff=12):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(n_experts, d_model, 2 * d_ff))
+        self.last = nn.Parameter(torch.randn(n_experts, d_model, d_ff))
+        self.limit = None
+
+    def forward(self, x, experts, weights):
+        out = torch.zeros_like(x)
+        for t in range(len(x)):
+            for e, w in zip(experts[t].tolist(), weights[t]):
+                gate_up = x[t] @ self.first[e]
+                gate, up = gate_up[0::2], gate_up[1::2]
+                up = up if self.limit is None else up.clamp(max=self.limit)
+                out[t] += w * (self.last[e] @ (torch.nn.functional.gelu(gate) * up))
+        return out
+
+
+def test_experts_of_a_form_that_nobody_has_named_are_read_by_what_they_compute():
+    module = Own()
+    site = own_experts(module, probe=True)
+    w = site.weights()
+    assert torch.equal(w.gate, module.first[..., 0::2].mT) and torch.equal(w.up, module.first[..., 1::2].mT)
+    assert torch.equal(w.down, module.last) and site.n_experts == 3
+    g, u = torch.randn(2, 5)
+    torch.testing.assert_close(site.combine(g, u), torch.nn.functional.gelu(g) * u)
+
+
+def test_experts_whose_gate_is_of_another_form_are_refused_however_rarely_it_shows():
+    module = Own()
+    module.limit = 150.0  # within what large activations reach
+    with pytest.raises(popmm.UnsupportedModelError, match="Own holds .* computes something other than down"):
+        own_experts(module, probe=True)
+    module.limit, module.scale = None, nn.Parameter(torch.ones(8))
+    with pytest.raises(popmm.UnsupportedModelError, match="scale beside them"):
+        own_experts(module, probe=True)
+
+
+def test_experts_that_are_not_finite_are_named():
+    module = Own()
+    module.last.data[1, 2, 3] = torch.nan
+    with pytest.raises(popmm.UnsupportedModelError, match="last holds weights that are not finite"):
+        own_experts(module, probe=True)
+
+
+def test_tokens_that_come_to_all_experts_are_refused():
+    class All(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 24))
+            self.down_proj = nn.Parameter(torch.randn(3, 12, 8))
+
+        def forward(self, x):
+            gate, up = torch.bmm(x.view(3, -1, 8), self.gate_up_proj).chunk(2, dim=-1)
+            return torch.bmm(torch.nn.functional.silu(gate) * up, self.down_proj).view(-1, 8)
+
+    class Block(nn.Module):
+        def __init__(self, soft):
+            super().__init__()
+            self.experts, self.router, self.soft = All(), nn.Linear(8, 3), soft
+
+        def forward(self, x):
+            x = x.reshape(-1, 8)
+            scores = self.router(x).softmax(-1)
+            scores = scores if self.soft else scores * (scores == scores.amax(-1, keepdim=True))
+            rows = x.repeat(3, 1) * scores.mT.reshape(-1, 1)
+            return self.experts(rows).view(3, -1, 8).sum(0)
+
+    for soft in (False, True):
+        block = Block(soft)
+        site = own_experts(block.experts, probe=True)
+        site.top_k = 1
+        if soft:
+            with pytest.raises(popmm.UnsupportedModelError, match="Block does not give zeros"):
+                verify_caller(site, block, probe=True)
+        else:
+            verify_caller(site, block, probe=True)

@@ -78,10 +78,13 @@ def test_a_sites_description_computes_what_the_module_does(name):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_shared_experts_in_one_tensor_are_listed():
+def test_shared_experts_in_one_tensor_are_one_site_that_every_token_goes_through():
     sites, left_out = found("inkling_text")
-    assert sites == ["model.layers.0.mlp", "model.layers.1.mlp.experts"]
-    assert "InklingSharedExperts holds stacked experts" in left_out["model.layers.1.mlp.shared_experts"]
+    assert sites == ["model.layers.0.mlp", "model.layers.1.mlp.experts", "model.layers.1.mlp.shared_experts"]
+    assert not left_out
+    routed, shared = list(describe(build("inkling_text")).sites())[1:]
+    assert routed.is_routed and not routed.shared and routed.top_k == 2 < routed.n_experts
+    assert shared.shared and not shared.is_routed and shared.top_k == shared.n_experts == 2
 
 
 def test_activation_sparse_layers_stay_dense_and_the_others_are_sites():
@@ -96,20 +99,24 @@ def test_recurrent_gates_are_no_experts():
     assert sites == ["model.layers.0.mlp_block", "model.layers.1.mlp_block"] and not left_out
 
 
-def test_experts_off_the_interface_stay_dense_beside_their_shared_expert():
+def test_experts_off_the_interface_that_cannot_be_pruned_stay_dense_beside_their_shared_expert():
     sites, left_out = found("llama4_text")
-    assert sites == [f"model.layers.{i}.feed_forward.shared_expert" for i in (0, 1)]
-    assert set(left_out) == {f"model.layers.{i}.feed_forward.experts" for i in (0, 1)}
-    model = build("llama4_text")
+    parts = ("experts", "shared_expert")
+    assert sites == [f"model.layers.{i}.feed_forward.{part}" for i in (0, 1) for part in parts] and not left_out
+    model = build("llama4_text", num_experts_per_tok=2)
+    described = describe(model)
+    assert [site.name for site in described.sites()] == [sites[1], sites[3]]
+    reason = "is given all tokens for each expert, and 2 experts count for each token"
+    assert set(described.left_out) == {sites[0], sites[2]} and reason in described.left_out[sites[0]]
     with pytest.raises(ValueError, match=r"only shared experts can be pruned.*give shared_experts='prune'"):
         popmm.budget.ffn_ratio(model, 0.1)
     assert 0.1 < popmm.budget.ffn_ratio(model, 0.1, shared_experts="prune") < 0.95
 
 
-def test_two_ffns_of_one_layer_are_both_found_and_its_other_experts_listed():
+def test_two_ffns_of_one_layer_and_its_experts_are_found():
     sites, left_out = found("longcat_flash")
-    assert sites == ["model.layers.0.mlps.0", "model.layers.0.mlps.1"]
-    assert list(left_out) == ["model.layers.0.mlp.experts"]
+    ffns = [f"model.layers.0.mlps.{i}" for i in (0, 1)]
+    assert set(sites) == {*ffns, "model.layers.0.mlp.experts"} and not left_out
 
 
 @pytest.mark.parametrize(
@@ -119,8 +126,7 @@ def test_two_ffns_of_one_layer_are_both_found_and_its_other_experts_listed():
             "zamba2",
             r"feed_forward \(Zamba2MLP\) has the layers of an FFN and others beside them \(gate_up_proj_ad",
         ),
-        ("bitnet", r"\(BitNetMLP\) computes a channel from other channels too \(a norm"),
-        ("jetmoe", r"\(JetMoeMoE\) holds stacked experts \(input_linear\.weight, output_linear\.weight\)"),
+        ("bitnet", r"\(BitNetMLP\) divides its channels by a norm over all of them before its down projection"),
         ("mamba", r"MambaForCausalLM has no FFNs: its layers hold nothing but mixers.*mixer \(MambaMixer\)"),
         (
             "rwkv",
@@ -235,3 +241,10 @@ def test_every_family_of_transformers_is_described_or_refused(auto):
             outcomes[config.model_type] = 0
     assert len(outcomes) > 50
     assert sum(sites > 0 for sites in outcomes.values()) > 0.5 * len(outcomes)
+
+
+def test_a_cache_of_a_models_own_is_refused_at_attach():
+    model = build("xlstm")
+    for probe in (True, False):
+        with pytest.raises(popmm.UnsupportedModelError, match="keeps what it has read in xLSTMCache, a form of"):
+            describe(model, probe=probe)

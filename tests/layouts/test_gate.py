@@ -11,7 +11,9 @@ import torch
 
 import popmm
 from popmm.kernels.twin import dequantise, quantise
+from popmm.layouts.gate import GateLayout
 from popmm.method.budget import gate_sizes
+from popmm.method.ffn import FFNWeights
 
 DENSE = ("llama", "llama-bias", "phi3", "gemma3")
 MOE = ("mixtral", "qwen2-moe", "deepseek-v3", "gpt-oss")
@@ -320,3 +322,13 @@ def test_widths_that_cannot_be_quantised_are_named():
     model = tiny.dense("llama", hidden_size=36, num_attention_heads=3, num_key_value_heads=3, head_dim=12)
     with pytest.raises(ValueError, match="gate_bits=4 quantises groups of 16 weights or more, and model"):
         popmm.attach(model, CONFIG.replace(gate_bits=4))
+
+
+def test_a_down_projection_that_is_a_part_of_a_parameter_is_copied_and_not_turned():
+    whole = torch.nn.Parameter(torch.randn(4, 32, 48))
+    gate, up = torch.randn(2, 3, 48, 32)
+    before = whole.detach().clone()
+    layout = GateLayout(gate_sizes(48, 0.4, None), fill_mean=False, bits=16, in_place=True, site="experts")
+    layout.allocate(FFNWeights(gate, up, whole[:3]))
+    assert torch.equal(whole, before) and whole.is_contiguous()
+    layout.release()
