@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="passages to measure quality on; without it, speed alone")
     parser.add_argument("--quality", type=Path, help="JSON of an earlier run that KL and top-1 are taken from")
     parser.add_argument("--passages", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of speed; 0 = quality alone")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -145,7 +145,7 @@ def main() -> None:
     models = {}
     with progress() as bars:
         bar = bars.add_task("speed", total=len(DENSE) + len(SETTINGS) + args.rounds * len(speeds))
-        for name in (*DENSE, *SETTINGS):
+        for name in (*DENSE, *SETTINGS) if args.rounds else ():
             models[name] = Ours(args.model, name)
             models[name](8)  # compiles
             bars.advance(bar)
@@ -192,7 +192,7 @@ def report(args: argparse.Namespace, rows: list[dict]) -> None:
     print("| | tokens/s (median, least, most) | KL to 16 bits | top-1 |\n|---|---|---|---|")
     for row in sorted(rows, key=lambda row: (order.index(row["owner"]), row.get("kl", 0.0))):
         s = row["tokens_per_second"]
-        speed = f"{statistics.median(s):.1f} ({min(s):.1f} to {max(s):.1f})"
+        speed = f"{statistics.median(s):.1f} ({min(s):.1f} to {max(s):.1f})" if s else "-"
         kl = f"{row['kl']:.4f} | {row['top1']:.1%}" if "kl" in row else "- | -"
         print(f"| {row['owner']} {row['name']} | {speed} | {kl} |")
     if args.json:
