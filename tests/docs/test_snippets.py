@@ -48,7 +48,7 @@ ELSEWHERE = {
     "python -c": "an environment of its own; tests/engines/test_vllm.py",
     "pip uninstall": "changes the environment",
 }
-SLOW = ("popmm eval", "popmm bench", "popmm inspect --model zoo:stories-moe")
+SLOW = ("popmm eval", "popmm bench")
 
 
 def named(*values):
@@ -62,7 +62,7 @@ def folder(tmp_path, monkeypatch):
 
     Image.open(zoo.picture()).convert("RGB").save(tmp_path / PICTURE)
     for name in TEXTS:
-        (tmp_path / name).write_text(STORY * 400)
+        (tmp_path / name).write_text(STORY * 70)
     for name, item in ITEMS.items():
         (tmp_path / name).write_text((json.dumps(item) + "\n") * 60)
     monkeypatch.chdir(tmp_path)
@@ -80,11 +80,21 @@ def find(words):
     return block
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=str)
+def not_here(text, reasons):
+    return any(words in text for words in reasons)
+
+
+@pytest.mark.parametrize("block", [b for b in PYTHON if not_here(b.text, COMPILED)], ids=str)
+def test_python_blocks_that_cannot_run_here_name_what_popmm_has(block):
+    compile(block.text, str(block), "exec")
+    for name in re.findall(r"\bpopmm\.(\w+)", block.text):
+        assert hasattr(popmm, name), name
+    for arguments in re.findall(r"popmm\.(?:PopConfig\.paper|attach)\((?:model, )?([^()]*)\)", block.text):
+        eval(f"popmm.PopConfig({arguments})")
+
+
+@pytest.mark.parametrize("block", [b for b in PYTHON if not not_here(b.text, COMPILED)], ids=str)
 def test_python_blocks_run(block, folder):
-    if any(words in block.text for words in COMPILED):
-        compile(block.text, str(block), "exec")
-        return
     scope = {}
     for words, first in GOES_ON.items():
         if words in block.text:
@@ -100,17 +110,24 @@ def test_the_first_example_of_the_readme_prunes_and_gives_the_model_back(folder)
     assert all(torch.equal(a, b) for a, b in zip(scope["model"].parameters(), fresh.parameters()))
 
 
+def test_options_in_blocks_exist():
+    own = [command for _, command in CONSOLE if command.startswith("popmm ")]
+    assert len(own) > 10
+    for command in own:
+        for words in variants(command):
+            build_parser().parse_args(words[1:])
+
+
 @pytest.mark.parametrize(
     "block, command",
     [
         pytest.param(block, command, id=named(block, command), marks=[pytest.mark.slow] * command.startswith(SLOW))
         for block, command in CONSOLE
+        if not command.startswith(tuple(ELSEWHERE))
     ],
 )
 def test_commands_run(block, command, folder, monkeypatch):
     program = command.split()[0]
-    if any(command.startswith(words) for words in ELSEWHERE):
-        return
     if program == "make":
         assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
@@ -125,8 +142,7 @@ def test_commands_run(block, command, folder, monkeypatch):
 
 
 def run_command(command, words, folder, monkeypatch):
-    build_parser().parse_args(words)
-    if any(told in command for told in PARSED):
+    if not_here(command, PARSED):
         return
     if "--image" in words:
         words = ["zoo:shapes" if word == "zoo:stories" else word for word in words]
