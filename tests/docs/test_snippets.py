@@ -48,6 +48,8 @@ ELSEWHERE = {
     "python -c": "an environment of its own; tests/engines/test_vllm.py",
     "pip uninstall": "changes the environment",
 }
+# what a benchmark is given too: a llama-3.1-8b of 16 GB else
+SMALL = ["--tiny", "--rounds", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
 SLOW = ("popmm eval", "popmm bench")
 
 
@@ -147,7 +149,7 @@ def run_command(command, words, folder, monkeypatch):
     if "--image" in words:
         words = ["zoo:shapes" if word == "zoo:stories" else word for word in words]
     if words[0] == "bench" and "--shape" in words:
-        words += ["--tiny"]  # a llama-3.1-8b of 16 GB else
+        words += SMALL
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is in the picture?\n/stats\n/quit\n"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
