@@ -49,7 +49,7 @@ ELSEWHERE = {
     "pip uninstall": "changes the environment",
 }
 # what a benchmark is given too: a llama-3.1-8b of 16 GB else
-SMALL = ["--tiny", "--rounds", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
+SMALL = ["--tiny", "--rounds", "1", "--prompt-tokens", "8", "--new-tokens", "8"]
 SLOW = ("popmm eval", "popmm bench")
 
 
