@@ -48,8 +48,11 @@ ELSEWHERE = {
     "python -c": "an environment of its own; tests/engines/test_vllm.py",
     "pip uninstall": "changes the environment",
 }
-# what a benchmark is given too: a llama-3.1-8b of 16 GB else
-SMALL = ["--tiny", "--rounds", "1", "--prompt-tokens", "8", "--new-tokens", "8"]
+# what commands are given too: with a llama-3.1-8b of 16 GB, or hundreds of pictures, they would take too long
+SMALL = {
+    "popmm bench --shape": "--tiny --rounds 1 --prompt-tokens 8 --new-tokens 8",
+    "--task shapes": "--pictures 4 --seeds 2",
+}
 SLOW = ("popmm eval", "popmm bench")
 
 
@@ -148,8 +151,8 @@ def run_command(command, words, folder, monkeypatch):
         return
     if "--image" in words:
         words = ["zoo:shapes" if word == "zoo:stories" else word for word in words]
-    if words[0] == "bench" and "--shape" in words:
-        words += SMALL
+    for told, more in SMALL.items():
+        words += more.split() if told in command else []
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is in the picture?\n/stats\n/quit\n"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
