@@ -21,13 +21,12 @@ from popmm.cli.bench_rows import machine
 from popmm.compat import compiled_anywhere
 from popmm.config import PopConfig
 from popmm.evaluation.progress import progress
-from popmm.evaluation.texts import own_samples, read_texts, windows
+from popmm.evaluation.texts import own_samples, read_questions, read_texts, windows
 from popmm.runtime.clock import timed_generate
 from popmm.runtime.passes import Passes
 from popmm.zoo.encoding import encode
 
 LOOKUP = 10  # tokens that transformers' prompt lookup proposes
-FIELDS = ("question", "prompt", "text")  # of a JSON line, that is asked
 
 
 @dataclass
@@ -68,7 +67,7 @@ def prompts(model, tokenizer, file: Path | None, n: int, n_tokens: int) -> list[
     if file is None:
         ids = [sample[:n_tokens] for sample in own_samples(model, tokenizer, n, n_tokens + 1)]
     elif file.suffix == ".jsonl":
-        return [encode(tokenizer, question, model.device, chat=None) for question in _questions(file, n)]
+        return [encode(tokenizer, question, model.device, chat=None) for question, _ in read_questions(file, n)]
     else:
         texts = read_texts(file)
         each = 1 if len(texts) > 1 else n
@@ -77,14 +76,6 @@ def prompts(model, tokenizer, file: Path | None, n: int, n_tokens: int) -> list[
     if not ids:
         raise ValueError(f"{file} holds no text of {n_tokens} tokens: give --prompt-tokens less")
     return [{"input_ids": own[None], "attention_mask": torch.ones_like(own[None])} for own in ids]
-
-
-def _questions(file: Path, n: int) -> list[str]:
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:n]
-    found = [next((line[name] for name in FIELDS if name in line), None) for line in lines]
-    if not found or None in found:
-        raise ValueError(f"{file}: each line is to be a JSON object with one of {', '.join(FIELDS)}")
-    return found
 
 
 class LosslessBench:

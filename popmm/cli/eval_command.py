@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from popmm.cli.arguments import RATIOS, batches, check_folders, check_pictures, config_from, listed, numbers
 from popmm.cli.commands import load_from
 from popmm.config import PopConfig
-from popmm.evaluation.presets import Preset, evaluate_tasks, preset, tasks_to_markdown
+from popmm.evaluation.presets import preset
 
 if TYPE_CHECKING:
     from popmm.evaluation.evaluate import Case
@@ -29,13 +30,35 @@ def run(args: argparse.Namespace) -> None:
     if args.calibration < 0:
         raise ValueError(f"--calibration {args.calibration}: give 0 or more")
     _check(args)
+    files = task_files(args.task_file or [])
     if args.tasks or args.preset:
-        return _evaluate_tasks(args)
+        return _evaluate_tasks(args, files)
     model, tokenizer = load_from(args)
+    if args.paper:
+        from popmm.cli.eval_paper import evaluate_paper
+
+        return evaluate_paper(args, model, tokenizer, files)
     if args.task == "shapes" and not args.bytes and not args.ffn_ratios:
         _evaluate_answers(args, model, tokenizer)
     else:
         _evaluate_methods(args, model, tokenizer)
+
+
+def task_files(given: list[str]) -> dict[str, Path]:
+    """The local files of tasks, by name.
+
+    Raises:
+        ValueError: not ``NAME=FILE``, or no such file.
+    """
+    found = {}
+    for text in given:
+        name, _, file = text.partition("=")
+        if not name or not file:
+            raise ValueError(f"--task-file {text}: give NAME=FILE, such as hellaswag=hellaswag_val.jsonl")
+        found[name] = Path(file)
+        if not found[name].is_file():
+            raise ValueError(f"--task-file {text}: there is no such file")
+    return found
 
 
 def dtype_of(model) -> str:
@@ -57,12 +80,28 @@ def _check(args: argparse.Namespace) -> None:
         "--preset with --tasks": args.preset and args.tasks,
         "--preset, the paper's own, with other settings": args.preset and config_from(args) != PopConfig(),
         "--plot with --tasks or --preset": tasks and args.plot,
-        "--bytes or --ffn-ratios with --tasks or --preset": tasks and (args.bytes or args.ffn_ratios),
+        "--ffn-ratios with --tasks or --preset": tasks and args.ffn_ratios,
+        "--bytes or --methods with --preset": args.preset and (args.bytes or args.methods),
+        "--methods with --tasks, which needs --bytes": args.tasks and args.methods and not args.bytes,
+        "--paper, which is settled, with other tasks, methods, shares or settings": args.paper
+        and (
+            tasks
+            or args.bytes
+            or args.ffn_ratios
+            or args.methods
+            or args.sweep
+            or args.batch
+            or args.plot
+            or args.task != "text"
+            or args.ratios != RATIOS
+            or config_from(args) != PopConfig()
+        ),
         "--sweep with --tasks, --preset or --task shapes": args.sweep and (tasks or args.task == "shapes"),
         "--sweep, which is of mask, with --bytes, --ffn-ratios, --methods or --candidate-fraction": args.sweep
         and (args.bytes or args.ffn_ratios or args.methods or args.candidate_fraction is not None),
-        "--limit, --include-path or --run-code without --tasks or --preset": not tasks
-        and (args.limit or args.include_path or args.run_code),
+        "--limit, --include-path, --task-file or --run-code without --tasks, --preset or --paper": not tasks
+        and not args.paper
+        and (args.limit or args.include_path or args.run_code or args.task_file),
         "--batch with --task shapes or --sweep": args.batch and (args.task == "shapes" or args.sweep),
         "several numbers of --batch with --tasks or --preset": tasks and args.batch and "," in args.batch,
         "--preset, which has its own, with --ratios": args.preset and args.ratios != RATIOS,
@@ -91,26 +130,25 @@ def _check(args: argparse.Namespace) -> None:
         check_known(listed(args.methods, METHODS))
 
 
-def _evaluate_tasks(args: argparse.Namespace) -> None:
+def _evaluate_tasks(args: argparse.Namespace, files: dict[str, Path]) -> None:
+    from popmm.evaluation.tasks import at_bytes, at_ratios, evaluate_tasks, tasks_to_markdown
+
+    model, tokenizer = load_from(args)
+    batch = batches(args.batch)[0]
     if args.preset:
         how = preset(args.preset)
-        tasks, ratios = list(how.tasks), list(how.ratios)
+        tasks = list(how.tasks)
+        settings = at_ratios(how.config, list(how.ratios), how.scoring, batch if args.batch else how.batch)
     else:
-        how = Preset((), scoring="decode", batch=1, config=config_from(args))
-        tasks, ratios = listed(args.tasks), numbers(args.ratios)
-    model, tokenizer = load_from(args)
-    rows = evaluate_tasks(
-        model,
-        tokenizer,
-        tasks,
-        ratios,
-        how.config,
-        how.scoring,
-        batches(args.batch)[0] if args.batch else how.batch,
-        args.limit,
-        args.include_path,
-        args.run_code,
-    )
+        tasks = listed(args.tasks)
+        if args.bytes:
+            from popmm.evaluation.methods import METHODS
+
+            names = listed(args.methods or "tiers", METHODS)
+            settings = at_bytes(model, config_from(args), numbers(args.bytes), names, batch)
+        else:
+            settings = at_ratios(config_from(args), numbers(args.ratios), batch=batch)
+    rows = evaluate_tasks(model, tokenizer, tasks, settings, args.limit, args.include_path, args.run_code, files)
     print(tasks_to_markdown(rows))
     _save(args, rows)
 

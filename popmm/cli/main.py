@@ -77,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--text",
         type=Path,
-        help="texts separated by <|endoftext|>, or one text, read in windows; default: the model's own samples",
+        help="texts separated by <|endoftext|>, one text, read in windows, or .jsonl of questions and "
+        "answers; default: the model's own samples",
     )
     evaluate.add_argument("--start", type=float, default=0.0, help="skip this share of the texts (0.95: the last 5 %%)")
     evaluate.add_argument("--ratios", default=arguments.RATIOS, help="pruning ratios, comma-separated (%(default)s)")
@@ -88,6 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--calibration", type=int, default=30, help="texts for methods that calibrate (%(default)s)")
     evaluate.add_argument("--tasks", help="tasks of lm-evaluation-harness instead, comma-separated")
     evaluate.add_argument("--preset", help="the paper's protocol: paper-qa, paper-generation or paper-wikitext")
+    evaluate.add_argument("--paper", action="store_true", help="the paper's tables, as far as files are given")
+    evaluate.add_argument(
+        "--task-file", action="append", metavar="NAME=FILE", help="tasks: items of a task, as JSON lines; repeatable"
+    )
     evaluate.add_argument("--limit", type=int, help="tasks: so many items of each")
     evaluate.add_argument("--include-path", type=Path, help="tasks: folder of further task files")
     evaluate.add_argument(

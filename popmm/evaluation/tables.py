@@ -16,6 +16,7 @@ from popmm.evaluation.evaluate import Row
 
 if TYPE_CHECKING:
     from popmm.evaluation.answers import AnswerRow
+    from popmm.evaluation.tasks import TaskRow
 
 
 def rows_to_markdown(rows: list[Row], exact: bool = False) -> str:
@@ -62,10 +63,22 @@ def model_name(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def rows_to_json(rows: list[Row] | list[AnswerRow], args: Namespace) -> str:
+def rows_to_json(rows: list[Row] | list[AnswerRow] | list[TaskRow], args: Namespace) -> str:
     """Rows with what they were measured on."""
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "json", "plot", "text")}
+    return to_json(described(args) | {"rows": [asdict(row) for row in rows]})
+
+
+def to_json(data: dict) -> str:
+    return json.dumps(data, indent=1)
+
+
+def described(args: Namespace) -> dict[str, dict[str, str]]:
+    """What a command was given, files by their names, and on which versions it ran."""
+    paths = ("json", "plot", "text", "include_path", "task_file")
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", *paths)}
     settings["text"] = args.text.name if args.text else "own samples"
     settings["model"] = model_name(args.model)
+    files = (given.partition("=") for given in args.task_file or ())
+    settings["task_file"] = ", ".join(f"{task}={Path(file).name}" for task, _, file in files)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
-    return json.dumps({"settings": settings, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1)
+    return {"settings": settings, "versions": versions}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from popmm.evaluation.evaluate import Case
 from popmm.evaluation.progress import progress
-from popmm.zoo.encoding import tokenizer_of
+from popmm.zoo.encoding import encode, tokenizer_of
 
 TEXTS_PER_SUBSET = 30
 SEPARATOR = "<|endoftext|>"
+FIELDS = ("question", "prompt", "text")  # of a JSON line, that is asked
 LEAST = 8  # tokens of a continuation
 PIECE = 20_000  # characters of an undivided text that are encoded at once
 
@@ -32,6 +34,40 @@ def read_texts(file: Path) -> list[str]:
     if not found:
         raise ValueError(f"{file} is empty: give a text")
     return found
+
+
+def read_questions(file: Path, n: int | None = None) -> list[tuple[str, str | None]]:
+    """(question, its answer if there is one) of the first ``n`` JSON lines of a file.
+
+    Raises:
+        ValueError: a line is no JSON object, or asks nothing.
+    """
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:n]
+    try:
+        found = [json.loads(line) for line in lines]
+        questions = [next(line[name] for name in FIELDS if name in line) for line in found]
+    except (json.JSONDecodeError, TypeError, StopIteration):
+        questions = []
+    if not questions:
+        raise ValueError(f"{file}: each line is to be a JSON object with one of {', '.join(FIELDS)}")
+    return [(question, line.get("answer")) for question, line in zip(questions, found)]
+
+
+def question_cases(tokenizer, file: Path, continuation: int, n: int, device) -> list[Case]:
+    """The first ``n`` questions as prompts, in the chat template where there is one, and their answers' tokens.
+
+    Raises:
+        ValueError: a question has no answer.
+    """
+    asked = read_questions(file, n)
+    if any(answer is None for _, answer in asked):
+        raise ValueError(f"{file}: each line is to have an answer too, which is decoded after the question")
+    found = []
+    for question, answer in asked:
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"][:continuation]
+        tokens = torch.tensor(ids, dtype=torch.int64, device=device)
+        found.append(Case(encode(tokenizer, question, device), tokens))
+    return [case for case in found if len(case.tokens) >= LEAST]
 
 
 def encode_texts(tokenizer, texts: list[str], context: int, continuation: int, device) -> list[Tensor]:
@@ -100,7 +136,8 @@ def text_cases(
 ) -> tuple[list[list[Case]], list[Case]]:
     """(disjoint subsets of cases, calibration cases) from a file, or from the model's own samples.
 
-    A file without ``<|endoftext|>`` is read in consecutive, disjoint windows of context and continuation.
+    A file without ``<|endoftext|>`` is read in consecutive, disjoint windows of context and continuation; of one of
+    JSON lines the questions are prompts, whatever their length, and the answers are decoded.
 
     Args:
         start: share of the file's texts (of one text, of its characters) to skip; calibration takes its own from the
@@ -115,26 +152,30 @@ def text_cases(
     if continuation < LEAST:
         raise ValueError(f"continuation={continuation}: give a continuation of {LEAST} tokens or more")
     wanted, tokenizer = subsets * (per_subset or TEXTS_PER_SUBSET), tokenizer_of(tokenizer)
+    others: list[Case] = []
     if file is None:
         with progress() as bars:
             bars.add_task("the model's own samples", total=None)
-            texts = own_samples(model, tokenizer, wanted + calibration, context + continuation)
-        texts, others, what = texts[:wanted], texts[wanted:], "samples"
+            samples = own_samples(model, tokenizer, wanted + calibration, context + continuation)
+        found, what = cases_of(samples, context), "samples"
+    elif file.suffix == ".jsonl":
+        if start:
+            raise ValueError(f"start={start}: questions are read from the first on; leave it out")
+        found, what = question_cases(tokenizer, file, continuation, wanted + calibration, model.device), "questions"
     else:
-        texts, others, what = _from_file(
+        texts, before, what = _from_file(
             tokenizer, read_texts(file), start, context, continuation, wanted, calibration, model.device
         )
+        found, others = cases_of(texts, context), cases_of(before, context)
     if per_subset is None:
-        per_subset = min(TEXTS_PER_SUBSET, len(texts) // subsets)
-    if per_subset == 0 or len(texts) < subsets * per_subset:
+        per_subset = min(TEXTS_PER_SUBSET, len(found) // subsets)
+    if per_subset == 0 or len(found) < subsets * per_subset:
         raise ValueError(
-            f"{len(texts)} {what}, but {subsets} subsets of {max(per_subset, 1)} need {subsets * max(per_subset, 1)}: "
+            f"{len(found)} {what}, but {subsets} subsets of {max(per_subset, 1)} need {subsets * max(per_subset, 1)}: "
             "give a longer file, or lower --texts-per-subset, --subsets or --context"
         )
-    used, spare = texts[: subsets * per_subset], texts[subsets * per_subset :]
-    others = (others + spare)[:calibration]
-    cases = cases_of(used, context)
-    return [cases[i * per_subset : (i + 1) * per_subset] for i in range(subsets)], cases_of(others, context)
+    spare = found[subsets * per_subset :]
+    return [found[i * per_subset : (i + 1) * per_subset] for i in range(subsets)], (others + spare)[:calibration]
 
 
 def _from_file(

@@ -12,7 +12,9 @@ import popmm
 from popmm import zoo
 from popmm.cli import main
 from popmm.compat import cache_argument, cache_of
+from popmm.evaluation.methods import quantised_ffns
 from popmm.evaluation.presets import PRESETS
+from popmm.evaluation.tasks import SAME, at_bytes, at_ratios, evaluate_tasks
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -208,6 +210,46 @@ def test_eval_command_runs_tasks_dense_and_pruned(tasks, capsys, tmp_path, local
     assert [(row["task"], row["pruning_ratio"]) for row in rows][:2] == [("local_choice", 0.0), ("local_rolling", 0.0)]
 
 
+def test_a_task_takes_its_items_from_a_local_file(stories, tasks, tmp_path, local_tasks_only):
+    rows = [json.loads(line) for line in (tasks / "items.jsonl").read_text().splitlines()]
+    (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({**row, "label": 1 - row["label"]}) for row in rows))
+    settings = at_ratios(popmm.PopConfig(selection="mask"), [0.4])
+    how = dict(tasks=["local_choice"], settings=settings, include_path=tasks)
+    as_written = evaluate_tasks(*stories, **how)
+    flipped = evaluate_tasks(*stories, **how, files={"local_choice": tmp_path / "other.jsonl"})
+    assert [row.setting for row in flipped] == ["dense", "40% pruned"]
+    for one, other in zip(as_written, flipped):
+        assert other.metrics["acc,none"] == pytest.approx(1 - one.metrics["acc,none"])
+        assert other.metrics[SAME] == one.metrics[SAME] <= as_written[0].metrics[SAME] == 1
+
+
+def test_tasks_at_equal_bytes_beside_plain_quantisers(stories, tasks, local_tasks_only):
+    model, tokenizer = stories
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = at_bytes(model, popmm.PopConfig(), [0.3, 0.2], ["tiers", "weights at int4", "weights at int3"])
+    rows = evaluate_tasks(model, tokenizer, ["local_choice", "local_generate"], settings, include_path=tasks)
+    shares = {row.setting: row.bytes_share for row in rows}
+    assert list(shares) == ["dense", "tiers, 30% of bytes", "tiers, 20% of bytes", "weights at int4", "weights at int3"]
+    # of 16 bits, with a scale of 16 bits for 64 weights
+    expected = [1, 0.3, 0.2, (4 + 16 / 64) / 16, (3 + 16 / 64) / 16]
+    assert list(shares.values()) == [pytest.approx(share, abs=0.004) for share in expected]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    # the same answers, of text: those whose samples are the dense model's
+    by_setting = {row.setting: row.metrics[SAME] for row in rows if row.task == "local_generate"}
+    lm = PopLM(model, tokenizer=tokenizer, pruning_ratio=0)
+    dense = results(lm, tasks)["samples"]["local_generate"]
+    with quantised_ffns(model, 3):
+        own = results(lm, tasks)["samples"]["local_generate"]
+    lm.detach()
+    same = [a["resps"] == b["resps"] for a, b in zip(own, dense)]
+    assert by_setting["weights at int3"] == pytest.approx(sum(same) / len(same)) and by_setting["dense"] == 1
+
+
+def test_methods_that_calibrate_are_refused_for_tasks(stories):
+    with pytest.raises(ValueError, match="CATS: tasks run without it"):
+        at_bytes(stories[0], popmm.PopConfig(), [0.5], ["CATS"])
+
+
 @pytest.mark.slow  # reads all of the harness' tasks
 def test_presets_name_tasks_that_the_harness_knows():
     manager = TaskManager()
@@ -223,6 +265,13 @@ def test_presets_name_tasks_that_the_harness_knows():
         (["--tasks", "humaneval"], "run code that the model writes; allow it with --run-code"),
         (["--preset", "paper-vision"], "give one of paper-qa, paper-generation, paper-wikitext"),
         (["--tasks", "arc_easy", "--batch", "0"], "--batch 0: give numbers of sequences"),
+        (["--tasks", "arc_easy", "--task-file", "arc_easy"], "--task-file arc_easy: give NAME=FILE"),
+        (["--tasks", "arc_easy", "--task-file", "arc_easy=nowhere"], "nowhere: there is no such file"),
+        (["--task-file", "arc_easy=nowhere"], "--task-file or --run-code without --tasks, --preset or --paper"),
+        (["--tasks", "arc_easy", "--methods", "tiers"], "--methods with --tasks, which needs --bytes"),
+        (["--preset", "paper-qa", "--bytes", "0.3"], "--bytes or --methods with --preset"),
+        (["--paper", "--bytes", "0.3"], "--paper, which is settled"),
+        (["--paper", "--prefill", "dense", "--selection", "mask"], "--paper, which is settled"),
     ],
 )
 def test_wrong_tasks_are_refused_in_one_line(arguments, message, capsys, local_tasks_only):

@@ -1,5 +1,7 @@
 """Texts for ``popmm eval``: separate ones, and one undivided text read in windows."""
 
+import json
+
 import pytest
 import torch
 
@@ -110,3 +112,23 @@ def test_eval_takes_an_ordinary_text_and_shows_how_far_it_is(tmp_path, capsys, m
     methods = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("|")]
     assert methods == ["| method", "|---|---|---|---|---|---|---|---|", "| dense", "| gate, 4 bit", "| mask"]
     assert "evaluating" in err and "the dense model's own texts" in err
+
+
+def test_questions_are_prompts_and_their_answers_are_decoded(stories, tmp_path):
+    _, tokenizer = stories
+    asked = [(f"Who is Lily, number {i}?", f"Lily is a little girl who has {i} red balls.") for i in range(6)]
+    asked.insert(1, ("Who?", "Tom"))  # too short to decode
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in asked))
+    subsets, calibration = cases(stories, file)
+    found = [case for subset in (*subsets, calibration) for case in subset]
+    expected = [pair for pair in asked if pair[0] != "Who?"][: len(found)]
+    assert [len(subset) for subset in (*subsets, calibration)][:2] == [2, 2]
+    for case, (question, answer) in zip(found, expected):
+        assert case.inputs["input_ids"][0].tolist() == tokenizer(question)["input_ids"]
+        assert case.tokens.tolist() == tokenizer(answer, add_special_tokens=False)["input_ids"][:8]
+    file.write_text('{"question": "Who is Lily?"}')
+    with pytest.raises(ValueError, match="each line is to have an answer too"):
+        cases(stories, file)
+    with pytest.raises(ValueError, match="questions are read from the first on"):
+        cases(stories, file, start=0.5)
