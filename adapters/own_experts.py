@@ -180,7 +180,7 @@ def _calls(module: nn.Module, reading: StackReading, stacks: dict, others: list[
         return
     routers = [child for child in module.children() if type(getattr(child, "top_k", None)) is int]
     d_model = _views(module, reading).d_model
-    biases = [name for name in others if getattr(module, name, torch.empty(0)).shape == (d_model,)]
+    biases = [name for name in others if getattr(getattr(module, name, None), "shape", ()) == (d_model,)]
     if len(routers) == 1 and others == biases and len(biases) < 2:
         # tried with it first: one that is zero now may not stay so
         yield from (RoutesItself(routers[0], partial(getattr, module, name)) for name in biases)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from popmm.method.partition import FFNPartition
     from popmm.state import PartitionState
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FFNPartition",
     "PartitionState",

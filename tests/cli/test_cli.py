@@ -332,7 +332,7 @@ def test_demo_compares_a_third_and_a_quarter_of_the_bytes(capsys):
         (["eval", "--sweep", "gamma", "--methods", "gate"], "--sweep, which is of mask, with"),
         (["eval", "--preset", "paper-qa", "--fill", "mean"], "--preset, the paper's own, with other settings"),
         (["eval", "--preset", "paper-qa", "--ratios", "0.9"], "--preset, which has its own, with --ratios"),
-        (["eval", "--limit", "3"], "--limit, --include-path or --run-code without --tasks"),
+        (["eval", "--limit", "3"], "--limit, --include-path, --task-file or --run-code without --tasks"),
         (["eval", "--continuation", "4"], "give a continuation of 8 tokens or more"),
         (["eval", "--start", "-3"], "share of the texts to skip"),
         (["eval", "--text", "/nowhere/text.txt"], "there is no such file"),
