@@ -38,8 +38,8 @@ def test_packed_conversations_lose_what_they_lose_alone(loaded, seed):
         packed = train_shapes.token_losses(model, packer, [(row, features) for row in rows])[0]
         alone = []
         for talk in talks:
-            shown = [shapes.draw(scene)] if talk is not HELLO else None
             text = processor.apply_chat_template(talk, tokenize=False)
+            shown = [shapes.draw(scene)] if "<|image_pad|>" in text else None
             inputs = processor(text=[text], images=shown, return_tensors="pt")
             [row] = packer.rows([talk], train_shapes.LENGTH)
             said = [at for at, learned in enumerate(row.learned) if learned]
