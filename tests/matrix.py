@@ -36,7 +36,7 @@ class Case:
 
 
 # experts outside transformers' interface: below each other in one matrix, with their router, given all tokens each
-OWN_EXPERTS = [name for name in ("dbrx", "jetmoe", "llama4_text") if name in small_families.families()]
+OWN_EXPERTS = [name for name in ("dbrx", "jetmoe", "llama4_text") if small_families.has(name)]
 MODELS = {
     **{name: Case(name, tiny.dense) for name in tiny.DENSE},
     **{name: Case(name, tiny.dense) for name in tiny.UNGATED},

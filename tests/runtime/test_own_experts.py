@@ -5,6 +5,7 @@ import small_families
 import tiny
 import torch
 from independent_own import PLAIN, by_loops, called, dense_output, h_of, modules_of
+from matrix import OWN_EXPERTS
 from transformers import CompileConfig
 
 import popmm
@@ -21,7 +22,7 @@ SELECTIONS = {
 }
 
 
-@pytest.fixture(params=[name for name in PLAIN if name in small_families.families()])
+@pytest.fixture(params=[name for name in PLAIN if small_families.has(name)])
 def name(request):
     return request.param
 
@@ -188,13 +189,17 @@ def test_compiled_steps_give_the_eager_tokens(name, selection):
     compiling = CompileConfig(fullgraph=True, backend="eager")
     compiling._compile_all_devices = True
     how = dict(input_ids=ids, cache_implementation="static", max_length=20, do_sample=False)
+    try:
+        model.generate(**how)
+    except TypeError as error:  # Llama 4's masks of chunks, in transformers 5.17
+        pytest.skip(f"the dense model does not generate so: {error}")
     settings = CONFIG.replace(selection=selection) if selection == "mask" else popmm.PopConfig(bytes=0.3)
     with popmm.pruned(model, settings):
         eager = model.generate(**how)
         assert torch.equal(model.generate(**how, compile_config=compiling), eager)
 
 
-@pytest.mark.parametrize("name", ["dbrx", "jetmoe", "llama4_text"])
+@pytest.mark.parametrize("name", OWN_EXPERTS)
 def test_tokens_in_one_pass_are_pruned_each_as_it_is(name):
     """``generate_batch``: prompts are dense, decode tokens pruned, in one pass."""
     model, plain = built(name), PLAIN[name]
@@ -217,7 +222,7 @@ def test_tokens_in_one_pass_are_pruned_each_as_it_is(name):
         torch.testing.assert_close(dense.view_as(x)[~alone], expected.view_as(x)[~alone], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dbrx", "jetmoe", "llama4_text"])
+@pytest.mark.parametrize("name", OWN_EXPERTS)
 def test_weights_can_be_freed(name, tmp_path):
     built(name).save_pretrained(tmp_path)
     model = type(built(name)).from_pretrained(tmp_path).eval()
