@@ -74,7 +74,7 @@ void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, co
 /* Rows are added up in PARTS, whose sums are added in their order, so that the result does not depend on the number of
  * threads. A thread takes units: a part of the rows, and a range of the columns' groups where threads outnumber the parts. */
 #define PARTS 2
-#define TILE 16 /* rows whose factors are rounded together, with one scale per group: no part divides them */
+#define TILE 16 /* rows whose factors are rounded together, as many as 16-bit sums of nibbles hold: no part divides them */
 static inline int64_t columns(int64_t threads) { return threads % PARTS ? threads : threads / PARTS; }
 
 typedef struct {
