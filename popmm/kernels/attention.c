@@ -42,13 +42,13 @@ static float exponentials(float *score, int64_t n) {
 }
 
 /* what comes of the keys: score[tokens], -INFINITY of those left out, whose keys are not read */
-KNOWN void products(const head *own, int64_t d, int narrow) {
+KNOWN void products(const head *own, int narrow) {
     for (int64_t t = 0; t < own->tokens; t++) {
         const float more = added(own, t);
         float sum = 0;
         if (more != -INFINITY) {
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < d; i++) sum += own->q[i] * number(own->k, t * own->k_step + i, narrow);
+            for (int64_t i = 0; i < own->d; i++) sum += own->q[i] * number(own->k, t * own->k_step + i, narrow);
         }
         own->score[t] = sum * own->scale + more;
     }
@@ -117,7 +117,7 @@ KNOWN void attend_head(const head *own, int narrow) {
     else if (wide && own->d == 128) products16(own, 128, narrow);
     else if (wide) products16(own, own->d, narrow);
 #endif
-    if (!wide) products(own, own->d, narrow);
+    if (!wide) products(own, narrow);
     const float total = exponentials(own->score, own->tokens), by = total > 0 ? 1 / total : 0;
     if (!wide) mean(own, by, narrow);
 #ifdef SIXTEEN

@@ -9,7 +9,7 @@
 
 #include <omp.h>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(POPMM_AVX2)
+#if defined(SIXTEEN) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(POPMM_AVX2)
 #include "planes_avx512.h"
 #elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
 #include "planes_avx2.h"
@@ -186,8 +186,9 @@ void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, in
         for (int64_t t = 0; t < m; t++) out[t * stride + j] = dot_plain(p, first + (index ? index[j] : j), bits, x + t);
 }
 
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, range rows,
-              int64_t m, float *y, range groups) {
+/* y[t, d] += sum of h[t * stride + j] * row[index[j]] for a range of the j and of the groups of columns, and m sums */
+static void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, range rows,
+                     int64_t m, float *y, range groups) {
     if (!p->fine) bits = 4;
     const int64_t k = rows.to - rows.from;
     index += rows.from, h += rows.from;
@@ -198,6 +199,31 @@ void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, co
     }
 #endif
     for (int64_t t = 0; t < m; t++) add_plain(p, bits, first, index, h + t * stride, k, groups.from, groups.to, y + t * p->d);
+}
+
+/* Threads that outnumber the parts share the columns too. */
+static inline int64_t columns(int64_t threads) { return threads % PARTS ? threads : threads / PARTS; }
+
+void tiers_add(const planes *p, int64_t n_tiers, const int64_t *bits, const int64_t *count, int64_t first, const int64_t *index,
+               const float *h, int64_t stride, int64_t m, float *sums, float *y, part whose) {
+    const int64_t groups = p->d / p->group, wide = columns(whose.all);
+    for (int64_t unit = whose.me; unit < PARTS * wide; unit += whose.all) {
+        const part own = {unit % PARTS, PARTS};
+        const range mine = share(groups, 1, (part){unit / PARTS, wide});
+        float *const to = sums + own.me * m * p->d;
+        for (int64_t t = 0; t < m; t++)
+            memset(to + t * p->d + mine.from * p->group, 0, (mine.to - mine.from) * p->group * sizeof(float));
+        for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
+            rows_add(p, (int)bits[i], first, index + at, h + at, stride, share(count[i], TILE, own), m, to, mine);
+    }
+#pragma omp barrier
+    const range mine = share(groups, 1, whose);
+    for (int64_t t = 0; t < m; t++)
+        for (int64_t i = mine.from * p->group; i < mine.to * p->group; i++) {
+            float sum = 0;
+            for (int64_t k = 0; k < PARTS; k++) sum += sums[(k * m + t) * p->d + i];
+            y[t * p->d + i] = sum;
+        }
 }
 
 static inline uint16_t to_bfloat16(float f) { /* finite, to nearest even */
@@ -283,15 +309,7 @@ int64_t planes_add(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
     if (!sums) return OUT_OF_MEMORY;
     for (int64_t t = 0; t < n; t++) {
 #pragma omp parallel num_threads(threads)
-        {
-            const part whose = me();
-            for (int64_t u = whose.me; u < units(whose); u += whose.all) {
-                const unit own = unit_of(u, &p, whose);
-                rows_add(&p, bits, 0, index + t * k, h + t * k, 0, rows_of(own, k), 1, clear_unit(sums, &p, 1, own), own.groups);
-            }
-#pragma omp barrier
-            sum_parts(sums, &p, 1, share(d / group, 1, whose), out + t * d);
-        }
+        tiers_add(&p, 1, &(int64_t){bits}, &k, 0, index + t * k, h + t * k, 0, 1, sums, out + t * d, me());
     }
     free(sums);
     return -1;

@@ -67,44 +67,14 @@ static inline range share(int64_t n, int64_t step, part whose) {
 void rows_dot(const planes *p, int bits, int64_t first, const int64_t *index, int64_t k, const rounded *x, int64_t m, float *out,
               int64_t stride, range own);
 
-/* y[t, d] += sum of h[t * stride + j] * row[index[j]] for a range of the j and of the groups of columns, and m sums */
-void rows_add(const planes *p, int bits, int64_t first, const int64_t *index, const float *h, int64_t stride, range rows,
-              int64_t m, float *y, range groups);
-
-/* Rows are added up in PARTS, whose sums are added in their order, so that the result does not depend on the number of
- * threads. A thread takes units: a part of the rows, and a range of the columns' groups where threads outnumber the parts. */
-#define PARTS 2
 #define TILE 16 /* rows whose factors are rounded together, as many as 16-bit sums of nibbles hold: no part divides them */
-static inline int64_t columns(int64_t threads) { return threads % PARTS ? threads : threads / PARTS; }
+#define PARTS 2 /* of rows, whose sums are added in their order: the result does not depend on the number of threads */
 
-typedef struct {
-    int64_t part;
-    range groups;
-} unit;
-
-static inline int64_t units(part whose) { return PARTS * columns(whose.all); }
-static inline unit unit_of(int64_t u, const planes *p, part whose) {
-    return (unit){u % PARTS, share(p->d / p->group, 1, (part){u / PARTS, columns(whose.all)})};
-}
-static inline range rows_of(unit own, int64_t k) { return share(k, TILE, (part){own.part, PARTS}); }
-
-/* sums[PARTS, m, d]: those of a unit */
-static inline float *clear_unit(float *sums, const planes *p, int64_t m, unit own) {
-    float *const to = sums + own.part * m * p->d;
-    const int64_t from = own.groups.from * p->group, n = (own.groups.to - own.groups.from) * p->group;
-    for (int64_t t = 0; t < m; t++) memset(to + t * p->d + from, 0, n * sizeof(float));
-    return to;
-}
-
-/* y[m, d], a range of its groups, once all units are done */
-static inline void sum_parts(const float *sums, const planes *p, int64_t m, range groups, float *y) {
-    for (int64_t t = 0; t < m; t++)
-        for (int64_t i = groups.from * p->group; i < groups.to * p->group; i++) {
-            float sum = 0;
-            for (int64_t part = 0; part < PARTS; part++) sum += sums[(part * m + t) * p->d + i];
-            y[t * p->d + i] = sum;
-        }
-}
+/* Of m tokens y[t, d] = sum over tiers i, and their channels j, of h[t * stride + j] * row[index[j]], whose bits[i] are read;
+ * index and h hold the count[i] of one tier after those of another. Called by all threads of a team, of which each has written
+ * its own columns of y when it returns. sums: memory for [PARTS, m, d]. */
+void tiers_add(const planes *p, int64_t n_tiers, const int64_t *bits, const int64_t *count, int64_t first, const int64_t *index,
+               const float *h, int64_t stride, int64_t m, float *sums, float *y, part whose);
 
 /* how many rows later those come whose lines are fetched meanwhile: so many bytes, whatever the rows' length */
 static inline int64_t ahead(const planes *p) { return p->d >= 2048 ? 8 : 12288 / p->d; }

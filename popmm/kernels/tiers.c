@@ -246,14 +246,7 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
                 }
             }
 #pragma omp barrier
-            for (int64_t u = whose.me; u < units(whose); u += whose.all) {
-                const unit mine = unit_of(u, &w, whose);
-                float *const to = clear_unit(own.added, &w, m, mine);
-                for (int64_t i = 0, at = 0; i < n_tiers; at += count[i++])
-                    rows_add(&w, (int)bits[i], from, index + at, own.h + at, d_ff, rows_of(mine, count[i]), m, to, mine.groups);
-            }
-#pragma omp barrier
-            sum_parts(own.added, &w, m, share(d / group, 1, whose), y + t0 * d);
+            tiers_add(&w, n_tiers, bits, count, from, index, own.h, d_ff, m, own.added, y + t0 * d, whose);
         }
         for (int64_t t = 1; t < m; t++) memcpy(index + t * of.all, index, of.all * sizeof(int64_t));
     }
