@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from popmm.compat import default_apply_gate, is_expert_parallel
 from popmm.kernels.grid import on_grid
 from popmm.method.activations import activate
+from popmm.method.expert_linear import falling_experts, routed_output
 from popmm.method.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError, register
 from .between import TOLERANCE, close
-from .own_experts import own_experts, routed_output
+from .own_experts import own_experts
 from .quantised import QUANTISED_CLOSE
 from .quantised_experts import PROJECTIONS, PackedExperts, tells_its_values
 from .weights import check_finite, is_machine_failure, why_not_readable
@@ -84,8 +85,7 @@ def verify_experts(site: FFNSite) -> None:
         check_finite({"gate_up_proj": w.gate, "down_proj": w.down})
     generator, plain = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float32, device="cpu")
     x = torch.randn(PROBE_TOKENS, w.d_model, generator=generator, **plain).to(w.gate)
-    choice = torch.tensor([range(i, i + site.top_k) for i in range(PROBE_TOKENS)], dtype=torch.int64, device="cpu")
-    index = (-1 - choice).remainder(site.n_experts).to(x.device)
+    index = falling_experts(PROBE_TOKENS, site.top_k, site.n_experts, x.device)
     weight = torch.rand(index.shape, generator=generator, **plain).to(x)
     ours = routed_output(w, site.combine, x, index, weight, site.after)
     tolerance = TOLERANCE.get(x.dtype, 1e-4) if site.packed is None else QUANTISED_CLOSE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from popmm.method.activations import activate
-from popmm.method.expert_linear import expert_linear, mixed
+from popmm.method.expert_linear import falling_experts, routed_output
 from popmm.method.ffn import FFNWeights
 
 from .base import FFNSite, UnsupportedModelError
@@ -246,26 +246,13 @@ def _verified(
     return None
 
 
-def routed_output(
-    w: FFNWeights, combine: Callable, x: Tensor, index: Tensor, weight: Tensor, after: Callable | None = None
-) -> Tensor:
-    """What experts make of tokens x ``[n, d_model]`` that are routed to ``index`` with ``weight`` (``[n, k]``)."""
-    experts, pairs = index.flatten(), x.repeat_interleave(index.shape[-1], dim=0)
-    up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
-    h = combine(expert_linear(pairs, w.gate, experts, w.gate_bias), up)
-    return mixed(expert_linear(h, w.down, experts, w.down_bias), weight, x, after)
-
-
 def _trial(module: nn.Module, stacks: dict[str, nn.Parameter], w: FFNWeights) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, experts (all that can be named) and weights."""
     x = _tokens(w.d_model, w.gate)
     total, n = max(p.shape[0] if p.ndim == 3 else len(w.gate) for p in stacks.values()), len(x)
-    choice = torch.arange(n, dtype=torch.int64, device="cpu")[:, None] + torch.arange(
-        2, dtype=torch.int64, device="cpu"
-    )
     generator = torch.Generator("cpu").manual_seed(1)
     weight = torch.rand(n, 2, generator=generator, dtype=torch.float32, device="cpu") + 0.25
-    return x, (-1 - choice).remainder(total).to(x.device), weight.to(x)
+    return x, falling_experts(n, 2, total, x.device), weight.to(x)
 
 
 def _tokens(d_model: int, gate: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from popmm import kernels
 from popmm.compat import grouped_mm
 from popmm.kernels.precision import without_autocast
+from popmm.method.ffn import FFNWeights
 
 
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,6 +48,48 @@ def mixed(y: Tensor, weight: Tensor, x: Tensor, after: Callable[[Tensor], Tensor
     """
     y = y if after is None else after(y)
     return (y * weight.flatten().unsqueeze(-1)).view(*weight.shape, -1).sum(dim=1).to(x.dtype)
+
+
+Combine = Callable[[Tensor, Tensor | None], Tensor]  # (gate, up) -> h
+
+
+def routed_hidden(w: FFNWeights, combine: Combine, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    """h of all (token, choice) pairs ``[n_tokens * k, d_ff]`` in natural order, and the up projection.
+
+    Args:
+        x: ``[n_tokens, d_model]``.
+        index: experts, int64 ``[n_tokens, k]``.
+    """
+    experts, pairs = index.flatten(), x.repeat_interleave(index.shape[-1], dim=0)
+    gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
+    up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
+    return combine(gate, up), up
+
+
+def routed_down(
+    h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor, after: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """Down projection of h ``[n_tokens * k, n]``, summed over a token's experts by router weight, in x's dtype."""
+    return mixed(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x, after)
+
+
+def routed_output(
+    w: FFNWeights,
+    combine: Combine,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    after: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What experts make of tokens x ``[n, d_model]`` that are routed to ``index`` with ``weight`` (``[n, k]``)."""
+    return routed_down(routed_hidden(w, combine, x, index)[0], w, index, weight, x, after)
+
+
+def falling_experts(n_tokens: int, k: int, n_experts: int, device: torch.device) -> Tensor:
+    """Experts of a trial, int64 ``[n_tokens, k]``: falling numbers, so that no two row orders look alike."""
+    here = dict(dtype=torch.int64, device="cpu")
+    choice = torch.arange(n_tokens, **here)[:, None] + torch.arange(k, **here)
+    return (-1 - choice).remainder(n_experts).to(device)
 
 
 def _are_few(rows: Tensor, weight: Tensor) -> bool:

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from popmm.adapters import FFNSite
 from popmm.adapters.dense import TOLERANCE
-from popmm.adapters.own_experts import routed_output
 from popmm.method import ffn as arithmetic
-from popmm.method.expert_linear import expert_linear, mixed
+from popmm.method.expert_linear import falling_experts, mixed, routed_down, routed_hidden, routed_output
 from popmm.method.ffn import FFNWeights
 from popmm.method.modality import JointStatistics
 from popmm.runtime.experts_interface import ON_MODULE, dense_experts, former_implementation
@@ -70,7 +68,7 @@ class PrunedExperts(PrunedSite):
             norm = layout.down_norm[experts]
             passing = arithmetic.select(h, self.ranking.score, norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, None if layout.mean is None else layout.mean[experts])
-        return _down(self.site, h, w, index, weight, x), passing
+        return routed_down(h, w, index, weight, x, self.site.after), passing
 
     def observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook that only measures: at ratio 0 the model's own experts run, whatever implementation is set."""
@@ -101,7 +99,7 @@ class PrunedExperts(PrunedSite):
         """Measures a prompt's h, which is computed for that; the output, where the dense module's is not to be used."""
         w = self.weights()
         h = self._observed(*self._hidden_and_up(x, index, w), _natural(index.flatten()), index, weight)
-        return _down(self.site, h, w, index, weight, x) if _prunes_prompt(self) or self.replaced else None
+        return routed_down(h, w, index, weight, x, self.site.after) if _prunes_prompt(self) or self.replaced else None
 
     def _observed(self, h: Tensor, up: Tensor | None, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Measures h ``[n_pairs, d_ff]``, whose rows are the flat (token, choice) pairs ``rows``; what is to go on."""
@@ -172,11 +170,7 @@ class PrunedExperts(PrunedSite):
 
     def _hidden_and_up(self, x: Tensor, index: Tensor, w: FFNWeights) -> tuple[Tensor, Tensor | None]:
         """h of all (token, choice) pairs ``[n_tokens * k, d_ff]`` in natural order, and the up projection."""
-        experts = index.flatten()
-        pairs = x.repeat_interleave(index.shape[-1], dim=0)
-        gate = expert_linear(pairs, w.gate, experts, w.gate_bias)
-        up = None if w.up is None else expert_linear(pairs, w.up, experts, w.up_bias)
-        return self.site.combine(gate, up), up
+        return routed_hidden(w, self.site.combine, x, index)
 
 
 class _Observed:
@@ -207,12 +201,10 @@ def _row_order(ffn: PrunedExperts) -> Callable[[Tensor], Tensor] | None:
     from flat expert numbers to the (token, choice) pair behind each row, or None if h must be
     computed a second time.
     """
-    w, here = ffn.site.read(), dict(dtype=torch.int64, device="cpu")
+    w = ffn.site.read()
     generator, n_tokens = torch.Generator("cpu").manual_seed(0), 4
     x = torch.randn(n_tokens, w.d_model, generator=generator, dtype=torch.float32, device="cpu").to(w.gate)
-    # falling expert numbers, so that no two row orders look alike
-    choice = torch.arange(n_tokens, **here)[:, None] + torch.arange(ffn.site.top_k, **here)
-    index = (-1 - choice).remainder(ffn.site.n_experts).to(x.device)
+    index = falling_experts(n_tokens, ffn.site.top_k, ffn.site.n_experts, x.device)
     weight = torch.ones(index.shape, dtype=x.dtype, device=x.device)
     h, _ = ffn._hidden_and_up(x, index, w)
     seen: list[Tensor] = []
@@ -239,11 +231,6 @@ def _by_expert(experts: Tensor) -> Tensor:
 
 def _prunes_prompt(ffn: PrunedExperts) -> bool:
     return ffn.config.prefill == "pruned" and not (ffn.sizes.is_dense or ffn.phase.prompt.refreshes)
-
-
-def _down(site: FFNSite, h: Tensor, w: FFNWeights, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Down projection of h ``[n_tokens * k, n]``, summed over a token's experts by router weight, in x's dtype."""
-    return mixed(expert_linear(h, w.down, index.flatten(), w.down_bias), weight, x, site.after)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
