@@ -15,10 +15,9 @@ from popmm.attach import pruned
 from popmm.budget import ffn_ratio
 from popmm.config import PopConfig
 from popmm.evaluation.evaluate import Case, Row, Wanted, evaluate
-from popmm.evaluation.presets import PRESETS
+from popmm.evaluation.presets import PRESETS, RATIOS
 from popmm.evaluation.tasks import Setting, at_ratios
 
-RATIOS = (0.2, 0.4)
 GAMMAS = (0.05, 0.1, 0.2)
 DEFAULT = "popmm's default"
 ELSEWHERE = (
@@ -92,23 +91,18 @@ def mask_rows(model, subsets: list[list[Case]]) -> list[Row]:
     """
     names = {"prompt mask": "fixed after the prompt", "all re-scored": "all re-scored"}
     found: dict[tuple[float, str], Row] = {}
-    dense: list[Row] = []
     for gamma in GAMMAS:
         base = PopConfig.paper(candidate_fraction=gamma)
         methods = ["mask", *(names if gamma == PopConfig.paper().candidate_fraction else ())]  # the others have no band
-        dense, rows = _split(evaluate(model, subsets, [Wanted(m, r) for r in RATIOS for m in methods], base))
+        dense, *rows = evaluate(model, subsets, [Wanted(m, r) for r in RATIOS for m in methods], base)
         for row in rows:
             name = names.get(row.method, f"POP, gamma {gamma}")
             found[row.pruning_ratio, name] = replace(row, method=name)
     order = [names["prompt mask"], *(f"POP, gamma {gamma}" for gamma in GAMMAS), names["all re-scored"]]
     # no row of the default: of widths that tiers cannot take
-    _, ours = _split(evaluate(model, subsets, [Wanted("tiers", bytes_share=PopConfig().bytes)], PopConfig()))
+    _, *ours = evaluate(model, subsets, [Wanted("tiers", bytes_share=PopConfig().bytes)], PopConfig())
     return [
-        *dense,
+        dense,
         *(found[ratio, name] for ratio in RATIOS for name in order),
         *(replace(row, method=DEFAULT) for row in ours),
     ]
-
-
-def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    return rows[:1], rows[1:]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from popmm.config import PopConfig
 
+RATIOS = (0.2, 0.4)  # of the blocks' weights
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -14,7 +16,7 @@ class Preset:
     tasks: tuple[str, ...]
     scoring: str = "prompt"
     batch: int = 10
-    ratios: tuple[float, ...] = (0.2, 0.4)
+    ratios: tuple[float, ...] = RATIOS
     config: PopConfig = field(default_factory=PopConfig.paper)
 
 
