@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 import popmm
 from popmm.cli.bench_rows import machine
+from popmm.compat import compiled_anywhere
 from popmm.evaluation.evaluate import Case, decode_logits
 from popmm.evaluation.progress import progress
 from popmm.evaluation.texts import text_cases
@@ -74,14 +74,20 @@ class Ours:
         return self._pipe.recv()
 
 
+def dense_model(folder: Path, dtype: torch.dtype, name: str):
+    """The 16-bit model, quantised if that is what the row is."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if DENSE.get(name) is not None:
+        quantize_(model, DENSE[name]())
+    return model
+
+
 @torch.no_grad()
 def _serve(pipe, folder: Path, name: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = dense_model(folder, torch.bfloat16, name)
     model.generation_config.eos_token_id = None  # as llama-bench, which never ends early
     if name in SETTINGS:
         popmm.attach(model, **SETTINGS[name])
-    elif DENSE[name] is not None:
-        quantize_(model, DENSE[name]())
     with contextlib.suppress(EOFError):  # done
         while True:
             pipe.send(_tokens_per_second(model, pipe.recv(), name in DENSE))
@@ -92,9 +98,7 @@ def _tokens_per_second(model, n_tokens: int, dense: bool) -> float:
     ids, clock = torch.arange(PROMPT)[None] + 100, Stopwatch()
     settings = dict(do_sample=False, cache_implementation="static", logits_processor=LogitsProcessorList([clock]))
     if dense:  # compiled too, as popmm has it done where it is attached
-        config = transformers.CompileConfig(fullgraph=True, mode="default")
-        config._compile_all_devices = True
-        settings["compile_config"] = config
+        settings["compile_config"] = compiled_anywhere(fullgraph=True, mode="default")
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, **settings)
     steps = [b - a for a, b in zip(clock.times[2:], clock.times[3:])]
     return 1 / statistics.median(steps)
@@ -132,7 +136,11 @@ def main() -> None:
     parser.add_argument("gguf", type=Path, help="folder of FORMAT.gguf or NAME-FORMAT.gguf files of the same model")
     parser.add_argument("--llama-bench", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="passages to measure quality on; without it, speed alone")
-    parser.add_argument("--quality", type=Path, help="JSON of an earlier run that KL and top-1 are taken from")
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        help="JSON of an earlier run: KL and top-1 of the rows it has",
+    )
     parser.add_argument("--passages", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5, help="of speed; 0 = quality alone")
     parser.add_argument("--tokens", type=int, default=48)
@@ -142,10 +150,10 @@ def main() -> None:
     files = {name: next(iter(sorted(args.gguf.glob(f"*{name}.gguf"))), None) for name in FORMATS}
     files = {name: file for name, file in files.items() if file is not None}
     speeds: dict[str, list[float]] = {name: [] for name in (*files, *DENSE, *SETTINGS)}
-    models = {}
+    ours, models = (*DENSE, *SETTINGS) if args.rounds else (), {}
     with progress() as bars:
-        bar = bars.add_task("speed", total=len(DENSE) + len(SETTINGS) + args.rounds * len(speeds))
-        for name in (*DENSE, *SETTINGS) if args.rounds else ():
+        bar = bars.add_task("speed", total=len(ours) + args.rounds * len(speeds))
+        for name in ours:
             models[name] = Ours(args.model, name)
             models[name](8)  # compiles
             bars.advance(bar)
@@ -162,7 +170,7 @@ def main() -> None:
     elif args.quality:
         known = {row["name"]: row for row in json.loads(args.quality.read_text())["rows"]}
         for row in rows:
-            row.update({key: known[row["name"]][key] for key in ("kl", "top1")})
+            row.update({key: known[row["name"]][key] for key in ("kl", "top1") if key in known.get(row["name"], {})})
     report(args, rows)
 
 
@@ -174,17 +182,13 @@ def measure(args: argparse.Namespace, files: dict[str, Path], rows: list[dict]) 
     reference = [decode_logits(model, case.inputs, case.tokens, nullcontext) for case in cases]
     with progress() as bars:
         for row in bars.track(rows, description="quality"):
-            if row["owner"] == "llama.cpp":
-                own = from_gguf(files[row["name"]])
-                row["kl"], row["top1"] = quality(own, cases, reference, nullcontext)
-            elif row["owner"] == "torch":
-                own = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-                if DENSE[row["name"]] is not None:
-                    quantize_(own, DENSE[row["name"]]())
-                row["kl"], row["top1"] = quality(own, cases, reference, nullcontext)
-            else:
-                with popmm.pruned(model, **SETTINGS[row["name"]]) as state:
+            name = row["name"]
+            if name in SETTINGS:
+                with popmm.pruned(model, **SETTINGS[name]) as state:
                     row["kl"], row["top1"] = quality(model, cases, reference, state.simulated_decode)
+            else:
+                own = from_gguf(files[name]) if name in files else dense_model(args.model, torch.float32, name)
+                row["kl"], row["top1"] = quality(own, cases, reference, nullcontext)
 
 
 def report(args: argparse.Namespace, rows: list[dict]) -> None:
@@ -202,7 +206,7 @@ def report(args: argparse.Namespace, rows: list[dict]) -> None:
         from popmm.evaluation.quality_plots import speed_figure
 
         points = {}
-        for row in rows:
+        for row in (row for row in rows if "kl" in row and row["tokens_per_second"]):
             points.setdefault(row["owner"], []).append(
                 (statistics.median(row["tokens_per_second"]), row["kl"], row["name"])
             )
