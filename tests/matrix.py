@@ -39,8 +39,10 @@ class Case:
 
 # experts outside transformers' interface: below each other in one matrix, with their router, given all tokens each
 OWN_EXPERTS = [name for name in ("dbrx", "jetmoe", "llama4_text") if small_families.has(name)]
-if "block_sequence_ids" not in inspect.signature(masking_utils.create_chunked_causal_mask).parameters:
-    OWN_EXPERTS.remove("llama4_text")  # in transformers 5.17 it does not generate over static caches
+# Llama 4's own: not in transformers 5.17
+CHUNKS_IN_STATIC_CACHES = "block_sequence_ids" in inspect.signature(masking_utils.create_chunked_causal_mask).parameters
+if not CHUNKS_IN_STATIC_CACHES:
+    OWN_EXPERTS.remove("llama4_text")
 MODELS = {
     **{name: Case(name, tiny.dense) for name in tiny.DENSE},
     **{name: Case(name, tiny.dense) for name in tiny.UNGATED},

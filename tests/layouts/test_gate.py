@@ -10,6 +10,7 @@ import tiny
 import torch
 
 import popmm
+from popmm.compat import compiled_anywhere
 from popmm.kernels.twin import dequantise, quantise
 from popmm.layouts.gate import GateLayout
 from popmm.method.budget import gate_sizes
@@ -279,10 +280,8 @@ def test_larger_batches_read_all_of_u_and_say_so():
 
 def test_compiled_steps_serve_all_prompts():
     from torch._dynamo.utils import counters
-    from transformers import CompileConfig
 
-    compile_config = CompileConfig(fullgraph=True, backend="aot_eager")
-    compile_config._compile_all_devices = True
+    compile_config = compiled_anywhere(fullgraph=True, backend="aot_eager")
     how = dict(cache_implementation="static", max_length=40, do_sample=False)
     prompts = [tiny.prompt(n, seed=n) for n in range(5, 15)]
     for name, bits in (("llama", 16), ("llama", 4), ("mixtral", 16)):

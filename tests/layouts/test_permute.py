@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import popmm
+from popmm.compat import compiled_anywhere
 from popmm.layouts.permute import region_moves
 
 CONFIG = popmm.PopConfig(ffn_ratio=0.4, candidate_fraction=0.2, layout="permute")
@@ -236,10 +237,8 @@ def test_auto_says_what_it_chose_and_permute_is_refused_where_it_is_not_safe(lla
 
 def test_compiled_steps_serve_all_prompts_without_recompiling(llama):
     from torch._dynamo.utils import counters
-    from transformers import CompileConfig
 
-    compile_config = CompileConfig(fullgraph=True, backend="eager")
-    compile_config._compile_all_devices = True
+    compile_config = compiled_anywhere(fullgraph=True, backend="eager")
     how = dict(cache_implementation="static", max_length=40, do_sample=False)
     prompts = [tiny.prompt(n, seed=n) for n in range(5, 15)]
     torch._dynamo.reset()

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from popmm.adapters import describe
-from transformers import CompileConfig
 
 import popmm
 from popmm import kernels
+from popmm.compat import compiled_anywhere
 from popmm.kernels import planes
 
 CONFIG = popmm.PopConfig(bytes=0.28)
@@ -93,8 +93,7 @@ def test_bytes_are_told_of_16_bit_weights():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral", "gpt-oss"])
 def test_compiled_steps_give_the_eager_tokens(name):
-    model, compiled = build(name), CompileConfig(fullgraph=True)
-    compiled._compile_all_devices = True
+    model, compiled = build(name), compiled_anywhere(fullgraph=True)
     torch._dynamo.reset()
     with popmm.pruned(model, CONFIG):
         for n in (6, 9):

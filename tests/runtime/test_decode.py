@@ -7,9 +7,9 @@ import tiny
 import tiny_vlm
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 import popmm
+from popmm.compat import compiled_anywhere
 from popmm.runtime.caches import BUCKET
 
 STATIC = dict(cache_implementation="static", do_sample=False, max_new_tokens=5)
@@ -17,9 +17,7 @@ CONFIG = popmm.PopConfig(ffn_ratio=0.4)
 
 
 def compiled(fullgraph=True, backend="eager"):
-    config = CompileConfig(fullgraph=fullgraph, backend=backend)
-    config._compile_all_devices = True
-    return config
+    return compiled_anywhere(fullgraph=fullgraph, backend=backend)
 
 
 def cache_of(model, ids, **how):

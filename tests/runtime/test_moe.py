@@ -9,6 +9,7 @@ import torch
 from independent_experts import expert_down, expert_h, experts_of, routed
 
 import popmm
+from popmm.compat import compiled_anywhere
 from popmm.method import reference
 
 RATIO = 0.4
@@ -277,11 +278,9 @@ def test_bytes_per_token_counts_activated_experts():
 @pytest.mark.parametrize("selection", ["mask", "keep"])
 @pytest.mark.parametrize("skip_layers", [(), (0,)])
 def test_compiled_decode_equals_eager(selection, skip_layers):
-    from transformers import CompileConfig
 
     model = tiny.moe("qwen3-moe")
-    compile_config = CompileConfig(fullgraph=True, backend="eager")
-    compile_config._compile_all_devices = True
+    compile_config = compiled_anywhere(fullgraph=True, backend="eager")
     settings = dict(cache_implementation="static", max_length=40, do_sample=False)
     with popmm.pruned(model, CONFIG.replace(selection=selection, skip_layers=skip_layers)):
         for n in (5, 9):

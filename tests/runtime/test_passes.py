@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig
 
 import popmm
 from popmm import compat
+from popmm.compat import compiled_anywhere
 from popmm.runtime.attachment import MARKER
 from popmm.runtime.passes import NotPrunedWarning
 
@@ -310,10 +311,9 @@ def test_a_cropped_turn_is_forgotten_by_the_next_step(llama):
 
 
 def test_a_compiled_step_on_an_unknown_cache_is_dense(llama):
-    from transformers import CompileConfig, StaticCache
+    from transformers import StaticCache
 
-    compile_config = CompileConfig(fullgraph=True, backend="eager")
-    compile_config._compile_all_devices = True
+    compile_config = compiled_anywhere(fullgraph=True, backend="eager")
     ids, how = tiny.prompt(9), dict(do_sample=False, max_new_tokens=6, compile_config=compile_config)
     longer = torch.cat([ids, tiny.prompt(1, seed=1)], 1)
 

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
 import popmm
+from popmm.compat import compiled_anywhere
 from popmm.runtime.padding import counted_tokens
 
 BUDGET = 48
@@ -307,10 +308,8 @@ def test_inference_mode_and_no_grad_can_alternate(llama):
 
 
 def test_compiled_decode_takes_each_prompts_partition(llama):
-    from transformers import CompileConfig
 
-    compile_config = CompileConfig(fullgraph=True, backend="eager")
-    compile_config._compile_all_devices = True
+    compile_config = compiled_anywhere(fullgraph=True, backend="eager")
     settings = dict(cache_implementation="static", max_length=40, do_sample=False)
     prompts = [tiny.prompt(n, seed=n) for n in (5, 9, 12)]
     with popmm.pruned(llama, CONFIG) as state:

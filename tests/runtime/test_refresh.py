@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 import popmm
+from popmm.compat import compiled_anywhere
 
 MODELS = {"llama": tiny.dense, "gemma3": tiny.dense, "mixtral": tiny.moe}
 LAYER = "model.layers.0.mlp"
@@ -53,8 +53,7 @@ def test_never_refreshing_is_the_default(name):
 def test_compiled_decode_refreshes_as_eager_decode_does(name):
     model = MODELS[name](name)
     torch._dynamo.reset()
-    compile_config = CompileConfig(fullgraph=True, backend="eager")
-    compile_config._compile_all_devices = True
+    compile_config = compiled_anywhere(fullgraph=True, backend="eager")
     how = dict(max_new_tokens=14, do_sample=False)
     graphs = []
     with popmm.pruned(model, ffn_ratio=0.4, refresh_every=4) as state:
