@@ -32,6 +32,7 @@ BASE = (
     "popmm.compat",
     "popmm.compat.caches",
     "popmm.compat.generation",
+    "popmm.compat.inductor",
     "popmm.compat.models",
     "popmm.compat.serving",
     "popmm.compat.serving.app",

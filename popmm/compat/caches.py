@@ -188,13 +188,16 @@ def set_recording(cache: Cache, before: list[bool | None]) -> None:
             layer.record_past = records
 
 
-def hold_all(cache: Cache, length: int) -> None:
-    """Has the sliding windows of a new static cache hold all tokens, so that tokens can be taken off it.
+def hold_all(cache: Cache, length: int, also_short: bool) -> None:
+    """Has sliding windows of a new static cache of so many tokens be layers that hold all, and count by tensors alone.
 
     What a layer attends to follows from its mask, which is as long as what the cache holds.
+
+    Args:
+        also_short: windows shorter than the cache too, so that tokens can be taken off it; others never slide.
     """
     for i, layer in enumerate(cache.layers):
-        if type(layer) is StaticSlidingWindowLayer:
+        if type(layer) is StaticSlidingWindowLayer and (also_short or layer.max_cache_len == length):
             cache.layers[i] = StaticLayer(length)
 
 

@@ -161,6 +161,12 @@ def compiles(model: nn.Module, model_kwargs: dict[str, Any], generation_config) 
     return model._valid_auto_compile_criteria(model_kwargs, generation_config)
 
 
+def compiled_by(model: nn.Module, step: Callable) -> dict[str, Any] | None:
+    """The settings with which ``get_compiled_call`` has just had ``step`` compiled; None if it is not compiled."""
+    config = getattr(model, "_last_compile_config", None)
+    return config.to_dict() if config is not None and step is getattr(model, "_compiled_call", None) else None
+
+
 def compile_settings(config) -> dict[str, Any]:
     """Of a ``CompileConfig`` or None, as ``torch.compile`` takes them; one graph of fixed shapes."""
     given = (transformers.CompileConfig() if config is None else config).to_dict()

@@ -34,8 +34,22 @@ _ARGUMENTS = {
     "planes_decode": "aaaasssiiai",
     "tiers_ffn": "aaassssaaaaisaaaasaaai",
 }
-_OPERATORS = {"new_linear": "asssia", "free_linear": "s", "new_ffn": "aaassssaaaaisaa", "free_ffn": "s"}
-_WITHOUT_RESULT = ("choose", "planes_decode", "free_linear", "free_ffn")
+_OPERATORS = {
+    "new_linear": "asssia",
+    "free_linear": "s",
+    "new_ffn": "aaassssaaaaisaa",
+    "free_ffn": "s",
+    "new_program": "",
+    "free_program": "a",
+    "record": "a",
+    "append_call": "aaas",
+    "run_program": "a",
+}
+_RESULTS = {
+    **dict.fromkeys(("choose", "planes_decode", "free_linear", "free_ffn", "free_program", "record")),
+    "new_program": ctypes.c_void_p,
+    "run_program": ctypes.c_char_p,
+}  # of the others an int64
 
 
 @functools.cache
@@ -66,9 +80,9 @@ def operators() -> ctypes.CDLL | None:
     home = Path(torch.__file__).parent
     command = [compiler, "-std=c++20", "-O2", "-march=native", "-shared", "-fPIC", f"-I{home / 'include'}"]
     command += [f"-L{home / 'lib'}", "-ltorch_cpu", f"-DTORCH={torch.__version__}", f"-Wl,-rpath,{_file().parent}"]
-    source = Path(__file__).with_name("operators.cpp")
+    source, header = (Path(__file__).with_name(name) for name in ("operators.cpp", "program.hpp"))
     instead = "the native operators could not be built, calls through Python serve instead"
-    file = _built("operators", command, [source, _file()], [source, _file()], instead)
+    file = _built("operators", command, [source, _file()], [source, header, _file()], instead)
     if file is None:
         return None
     try:
@@ -102,7 +116,7 @@ def _declared(library: ctypes.CDLL, functions: dict[str, str]) -> ctypes.CDLL:
     for name, arguments in functions.items():
         function = getattr(library, name)
         function.argtypes = [_LETTERS[letter] for letter in arguments]
-        function.restype = None if name in _WITHOUT_RESULT else ctypes.c_int64
+        function.restype = _RESULTS.get(name, ctypes.c_int64)
     return library
 
 

@@ -1,6 +1,7 @@
 /* The C kernels as operators of torch's dispatcher, by its stable ABI: a call costs 3 microseconds, and compiled code makes
  * it without Python. Weights are named by handles, for they stay where they are; a handle is never given out twice. */
 #include "operators.h"
+#include "program.hpp"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 using torch::headeronly::ScalarType;
@@ -57,26 +59,30 @@ template <typename T> class Table {
 Table<layer> &linears = *new Table<layer>;
 Table<FFN> &ffns = *new Table<FFN>;
 
-/* values of a tensor as float32, in place where they are */
-const float *floats(const Tensor &x, std::vector<float> &memory) {
-    STD_TORCH_CHECK(x.is_contiguous(), "popmm: give a tensor in one piece");
-    const int64_t n = x.numel();
-    switch (x.scalar_type()) {
-    case ScalarType::Float: return (const float *)x.const_data_ptr();
-    case ScalarType::BFloat16: {
-        memory.resize(n);
-        const auto *from = (const torch::headeronly::BFloat16 *)x.const_data_ptr();
-        for (int64_t i = 0; i < n; i++) memory[i] = from[i];
-        return memory.data();
+/* A tensor's numbers. It does not hold them: while a program is recorded each operator holds what it has made, and whoever
+ * records all else; what comes from outside may be given up, and is then not read any more. */
+struct Numbers {
+    const void *data;
+    ScalarType type;
+    int64_t n;
+    explicit Numbers(const Tensor &x) : data(x.const_data_ptr()), type(x.scalar_type()), n(x.numel()) {
+        STD_TORCH_CHECK(x.is_contiguous(), "popmm: give a tensor in one piece");
+        const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+        STD_TORCH_CHECK(known, "popmm: give float32, bfloat16 or float16");
     }
-    case ScalarType::Half: {
-        memory.resize(n);
-        const auto *from = (const torch::headeronly::Half *)x.const_data_ptr();
-        for (int64_t i = 0; i < n; i++) memory[i] = from[i];
-        return memory.data();
-    }
-    default: STD_TORCH_CHECK(false, "popmm: give float32, bfloat16 or float16"); return nullptr;
-    }
+};
+
+template <typename T> const float *widened(const Numbers &x, std::vector<float> &memory) {
+    memory.resize(x.n);
+    for (int64_t i = 0; i < x.n; i++) memory[i] = ((const T *)x.data)[i];
+    return memory.data();
+}
+
+/* numbers as float32, in place where they are */
+const float *floats(const Numbers &x, std::vector<float> &memory) {
+    if (x.type == ScalarType::Float) return (const float *)x.data;
+    return x.type == ScalarType::Half ? widened<torch::headeronly::Half>(x, memory)
+                                      : widened<torch::headeronly::BFloat16>(x, memory);
 }
 
 /* where float32 results for `to` are to be written; rounded() brings them there */
@@ -99,26 +105,35 @@ void rounded(const Tensor &to, const std::vector<float> &memory) {
 
 int threads() { return (int)torch::stable::get_num_threads(); }
 
+/* y, after `write` has written it; noted where a program is recorded, which then holds y */
+template <typename F> Tensor written(const Tensor &y, const F &write) {
+    write();
+    if (recording) recording->push_back(write);
+    return y;
+}
+
 /* x[..., d] to [..., rows of all these layers, one after the other], in the dtype of x */
 Tensor planes_linear_op(const Tensor &x, const std::vector<int64_t> &handles) {
-    std::vector<layer> layers;
     int64_t all = 0;
     const int64_t dims = x.dim(), d = dims ? x.size(dims - 1) : 0;
     for (int64_t handle : handles) {
-        layers.push_back(linears.at(handle));
-        all += layers.back().n_rows;
-        STD_TORCH_CHECK(layers.back().d == d && layers.back().group == layers[0].group, "popmm: a vector has ", d,
-                        " numbers, and rows ", layers.back().d);
+        const layer &own = linears.at(handle);
+        all += own.n_rows;
+        STD_TORCH_CHECK(own.d == d && own.group == linears.at(handles[0]).group, "popmm: a vector has ", d, " numbers, and rows ", own.d);
     }
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = all;
-    Tensor y = torch::stable::new_empty(x, shape);
-    thread_local std::vector<float> in, out;
-    const int64_t failed =
-        layers_dot(layers.data(), (int64_t)layers.size(), x.numel() / d, floats(x, in), results(y, out), threads());
-    STD_TORCH_CHECK(failed < 0, "popmm: there is no memory for a vector of the model");
-    rounded(y, out);
-    return y;
+    const Tensor y = torch::stable::new_empty(x, shape);
+    return written(y, [x = Numbers(x), y, handles, d] {
+        thread_local std::vector<layer> layers;
+        thread_local std::vector<float> in, out;
+        layers.clear();
+        for (int64_t handle : handles) layers.push_back(linears.at(handle));
+        const int64_t failed =
+            layers_dot(layers.data(), (int64_t)layers.size(), x.n / d, floats(x, in), results(y, out), threads());
+        STD_TORCH_CHECK(failed < 0, "popmm: there is no memory for a vector of the model");
+        rounded(y, out);
+    });
 }
 
 /* x[..., d] by a whole matrix [m, d] and a bias [m], all in bfloat16 */
@@ -131,47 +146,49 @@ Tensor few_linear_op(const Tensor &x, const Tensor &weight, const std::optional<
     STD_TORCH_CHECK(fits, "popmm: few_linear takes bfloat16 tensors in one piece, in rows of a multiple of 32 numbers");
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = weight.size(0);
-    Tensor y = torch::stable::new_empty(x, shape);
-    thread_local std::vector<float> added, out;
-    const float *own = bias.has_value() ? floats(*bias, added) : nullptr;
-    few_linear((const uint16_t *)weight.const_data_ptr(), weight.size(0), d, (const uint16_t *)x.const_data_ptr(), x.numel() / d,
-               own, results(y, out), threads());
-    rounded(y, out);
-    return y;
+    const Tensor y = torch::stable::new_empty(x, shape);
+    std::optional<Numbers> numbers;
+    if (bias.has_value()) numbers = Numbers(*bias);
+    return written(y, [x = Numbers(x), weight = Numbers(weight), bias = numbers, y, d] {
+        thread_local std::vector<float> added, out;
+        const float *own = bias.has_value() ? floats(*bias, added) : nullptr;
+        few_linear((const uint16_t *)weight.data, weight.n / d, d, (const uint16_t *)x.data, x.n / d, own, results(y, out),
+                   threads());
+        rounded(y, out);
+    });
 }
 
 /* x[n, d] through the FFNs whose rows begin at first[n] (without it: at 0), in the dtype of x, or float32 if wide; with
  * votes[n], float32, all through the one at 0, by rows that they choose together */
 Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, const std::optional<Tensor> &votes, bool wide,
                     int64_t handle) {
-    const FFN &own = ffns.at(handle);
-    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == own.d, "popmm: an FFN of d_model=", own.d, " was given another shape");
-    const int64_t n = x.size(0);
-    thread_local std::vector<float> in, out;
-    thread_local std::vector<int64_t> index, zeros;
-    const int64_t *start;
+    const int64_t n = x.size(0), d = ffns.at(handle).d;
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == d, "popmm: an FFN of d_model=", d, " was given another shape");
     if (first.has_value()) {
         const bool fits = first->is_contiguous() && first->numel() == n && first->scalar_type() == ScalarType::Long;
         STD_TORCH_CHECK(fits, "popmm: first is not an int64 for each of ", n, " tokens");
-        start = (const int64_t *)first->const_data_ptr();
-    } else {
-        zeros.assign(n, 0);
-        start = zeros.data();
     }
     if (votes.has_value()) {
         const bool fits = votes->is_contiguous() && votes->numel() == n && votes->scalar_type() == ScalarType::Float;
         STD_TORCH_CHECK(fits && !first.has_value(), "popmm: votes are no float32 for each of ", n, " tokens of one FFN");
     }
-    Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{n, own.d}, wide ? ScalarType::Float : x.scalar_type());
-    index.resize(n * own.read);
-    const int64_t failed =
-        tiers_ffn(own.parts[0], own.gated ? own.parts[1] : nullptr, own.parts[2], own.n_rows, own.d, own.group, own.d_ff, own.rms, own.norm,
-                  own.gate_bias, own.up_bias, own.activation, (int64_t)own.bits.size(), own.bits.data(), own.count.data(), start,
-                  votes.has_value() ? (const float *)votes->const_data_ptr() : nullptr, n, floats(x, in), results(y, out), index.data(), threads());
-    STD_TORCH_CHECK(failed < 0, failed == INT64_MAX ? "popmm: there is no memory for a vector of the model"
-                                                    : "popmm: there is no such expert");
-    rounded(y, out);
-    return y;
+    const Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{n, d}, wide ? ScalarType::Float : x.scalar_type());
+    const int64_t *const begins = first.has_value() ? (const int64_t *)first->const_data_ptr() : nullptr;
+    const float *const shares = votes.has_value() ? (const float *)votes->const_data_ptr() : nullptr;
+    return written(y, [x = Numbers(x), begins, shares, y, handle, n] {
+        const FFN &own = ffns.at(handle);
+        thread_local std::vector<float> in, out;
+        thread_local std::vector<int64_t> index, zeros;
+        zeros.assign(n, 0);
+        index.resize(n * own.read);
+        const int64_t failed =
+            tiers_ffn(own.parts[0], own.gated ? own.parts[1] : nullptr, own.parts[2], own.n_rows, own.d, own.group, own.d_ff,
+                      own.rms, own.norm, own.gate_bias, own.up_bias, own.activation, (int64_t)own.bits.size(), own.bits.data(),
+                      own.count.data(), begins ? begins : zeros.data(), shares, n, floats(x, in), results(y, out), index.data(), threads());
+        STD_TORCH_CHECK(failed < 0, failed == INT64_MAX ? "popmm: there is no memory for a vector of the model"
+                                                        : "popmm: there is no such expert");
+        rounded(y, out);
+    });
 }
 
 /* q[batch, heads, 1, d] over k and v[batch, shared heads, tokens, d], the mask none or [1 or batch, 1 or heads, 1, tokens] of
@@ -184,27 +201,38 @@ Tensor attend_op(const Tensor &q, const Tensor &k, const Tensor &v, const std::o
                       (narrow || k.scalar_type() == ScalarType::Float) && v.scalar_type() == k.scalar_type() &&
                       k.stride(3) == 1 && v.stride(3) == 1;
     STD_TORCH_CHECK(fits, "popmm: these queries, keys and values do not go together");
-    const int64_t k_strides[3] = {k.stride(0), k.stride(1), k.stride(2)}, v_strides[3] = {v.stride(0), v.stride(1), v.stride(2)};
-    int64_t mask_strides[3] = {0, 0, 0};
-    int mask_kind = 0;
-    thread_local std::vector<float> in, out, work, added;
-    const void *masked = nullptr;
     if (mask.has_value()) {
         const bool covers = mask->dim() == 4 && mask->size(3) == tokens && mask->size(2) == 1 &&
                             (mask->size(0) == 1 || mask->size(0) == batch) && (mask->size(1) == 1 || mask->size(1) == heads);
         STD_TORCH_CHECK(covers, "popmm: this mask is not of these keys");
-        for (int i = 0; i < 2; i++) mask_strides[i] = mask->size(i) > 1 ? mask->stride(i) : 0;
-        mask_strides[2] = mask->stride(3);
-        mask_kind = mask->scalar_type() == ScalarType::Bool ? 1 : 2;
-        masked = mask_kind == 1 ? mask->const_data_ptr() : floats(*mask, added);
     }
-    const int64_t d_value = v.size(3);
-    Tensor y = torch::stable::new_empty(q, std::vector<int64_t>{batch, 1, heads, d_value});
-    work.resize(batch * heads * tokens);
-    attend(floats(q, in), k.const_data_ptr(), v.const_data_ptr(), narrow, batch, heads, shared, tokens, d, d_value, k_strides,
-           v_strides, masked, mask_kind, mask_strides, (float)scale, work.data(), results(y, out), threads());
-    rounded(y, out);
-    return y;
+    const Tensor y = torch::stable::new_empty(q, std::vector<int64_t>{batch, 1, heads, v.size(3)});
+    struct Side {
+        const void *data;
+        int64_t d, strides[3];
+        explicit Side(const Tensor &t) : data(t.const_data_ptr()), d(t.size(3)), strides{t.stride(0), t.stride(1), t.stride(2)} {}
+    };
+    struct Mask {
+        const void *data = nullptr;
+        int kind = 0; /* 1: bool, 2: added */
+        std::optional<Numbers> numbers;
+        int64_t strides[3] = {0, 0, 0};
+    } own;
+    if (mask.has_value()) {
+        for (int i = 0; i < 2; i++) own.strides[i] = mask->size(i) > 1 ? mask->stride(i) : 0;
+        own.strides[2] = mask->stride(3);
+        own.kind = mask->scalar_type() == ScalarType::Bool ? 1 : 2;
+        own.data = mask->const_data_ptr();
+        if (own.kind == 2) own.numbers = Numbers(*mask);
+    }
+    return written(y, [q = Numbers(q), k = Side(k), v = Side(v), mask = own, y, scale, batch, heads, shared, tokens, narrow] {
+        thread_local std::vector<float> in, out, work, added;
+        work.resize(batch * heads * tokens);
+        const void *const masked = mask.kind == 2 ? floats(*mask.numbers, added) : mask.data;
+        attend(floats(q, in), k.data, v.data, narrow, batch, heads, shared, tokens, k.d, v.d, k.strides, v.strides, masked, mask.kind,
+               mask.strides, (float)scale, work.data(), results(y, out), threads());
+        rounded(y, out);
+    });
 }
 
 } // namespace
@@ -229,6 +257,29 @@ int64_t new_ffn(const void *const *gate, const void *const *up, const void *cons
     return ffns.add(own);
 }
 void free_ffn(int64_t handle) { ffns.remove(handle); }
+
+void *new_program() { return new Program; }
+void free_program(void *program) { delete (Program *)program; }
+
+/* What operators run in this thread is noted in the program from now on; in none, if it is NULL. */
+void record(void *program) { recording = (Program *)program; }
+
+/* 0 if there are too many arguments */
+int64_t append_call(void *program, const void *function, const uint64_t *words, int64_t n) {
+    return append(*(Program *)program, function, words, (size_t)n);
+}
+
+/* NULL, or what went wrong, to be read before the next call in this thread */
+const char *run_program(const void *program) {
+    thread_local std::string message;
+    try {
+        for (const auto &step : *(const Program *)program) step();
+    } catch (const std::exception &error) {
+        message = error.what();
+        return message.c_str();
+    }
+    return nullptr;
+}
 }
 
 STABLE_TORCH_LIBRARY(popmm_native, m) {

@@ -71,8 +71,7 @@ class StaticCaches:
             while len(self._caches) >= KEPT:
                 del self._caches[next(iter(self._caches))]
             self._caches[key] = cache = prepare(*bound.args, **bound.kwargs)
-            if self._beside and bound.arguments["batch_size"] == 1:
-                hold_all(cache, length)
+            hold_all(cache, length, also_short=self._beside > 0 and bound.arguments["batch_size"] == 1)
             return cache
 
         return prepare_in_bucket

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from popmm import compat
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.guards import WARM, held_after
+from popmm.runtime.replay import replaying
 
 
 def _step(model: nn.Module, inputs: dict[str, Any]):
@@ -68,5 +69,6 @@ class Steps:
         if form not in forms:
             name = "_".join(map(str, form))
             code = types.FunctionType(_step.__code__.replace(co_name=name), globals(), name)
-            forms[form] = torch.compile(code, **compat.compile_settings(self.compile_config))
+            settings = replaying(compat.compile_settings(self.compile_config), self.model.device)
+            forms[form] = torch.compile(code, **settings)
         return forms[form]

@@ -6,7 +6,10 @@ transparent.
 
 from __future__ import annotations
 
+import builtins
 import functools
+import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +22,7 @@ from popmm.compat import (
     CONTINUOUS_BATCHING,
     bound_call,
     compile_on_cpu,
+    compiled_by,
     find_cache,
     generate_settings,
     is_exporting,
@@ -30,6 +34,7 @@ from popmm.runtime.calls import Arguments, input_shape
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts_interface import check_switched
 from popmm.runtime.guards import held_after
+from popmm.runtime.replay import replaying
 from popmm.runtime.runner import Runner
 
 
@@ -158,13 +163,25 @@ def _tokens(*given) -> set[int]:
 
 
 def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
-    """``generate``'s compiled step, counted, and left out where a step has another partition to make, or none."""
+    """``generate``'s compiled step, counted, and left out where a step has another partition to make, or none.
+
+    Its code is compiled for this attachment alone: code for another one's weights would count against the number of
+    graphs that the compiler makes of one function.
+    """
+    own: dict[str, Callable] = {}  # by the settings of the compiler
 
     @functools.wraps(get_compiled_call)
-    def get_counted_call(*args, **kwargs):
-        step, model = get_compiled_call(*args, **kwargs), get_compiled_call.__self__
+    def get_counted_call(compile_config):
+        model = get_compiled_call.__self__
         if runner.phase.released:
-            return step
+            return get_compiled_call(compile_config)
+        step = get_compiled_call(compile_config)
+        settings = compiled_by(model, step)
+        if settings is not None:
+            key = repr(settings)
+            if key not in own:
+                own[key] = compiled_call(model, **replaying(settings, model.device))
+            step = own[key]
 
         def counted(*args, **kwargs):
             ids = kwargs.get("input_ids")
@@ -189,6 +206,21 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
         return counted
 
     return get_counted_call
+
+
+_calls = itertools.count()
+
+
+def compiled_call(model: nn.Module, **settings) -> Callable:
+    """A model's call, compiled by ``torch.compile`` with these settings, as a function of its own."""
+
+    def call(args: tuple, kwargs: dict[str, Any]):
+        return model(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=f"call_{next(_calls)}")
+    names = {"__builtins__": builtins, "__name__": __name__}  # the compiler keeps its code among a function's globals
+    compiled = torch.compile(types.FunctionType(code, names, code.co_name, closure=call.__closure__), **settings)
+    return lambda *args, **kwargs: compiled(args, kwargs)
 
 
 LARGE = 64 << 20  # bytes of a model's weights from which on compiling its step on the CPU is worth the wait
