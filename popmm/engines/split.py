@@ -75,7 +75,7 @@ class SplitFFN:
         self.left_dense = ""  # why; empty = it is not
         self.held: dict[str, tuple[Tensor, Tensor | None]] = {}  # weights and bias, until both parts are there
         self._seen: Tensor | None = None
-        self._chosen: list[tuple[int, Tensor]] = []
+        self._chosen: list[tuple[int, Tensor]] = []  # how rows are read, and which
 
     @property
     def ready(self) -> bool:
@@ -132,7 +132,7 @@ class SplitFFN:
         """All that the planes hold of ``"gate_up"``, ``[2 * d_ff, d_model]``, or of ``"down"``, ``[d_model, d_ff]``."""
         layout = self.layout
         parts = (layout.gate, layout.up) if part == "gate_up" else (layout.down,)
-        rows = [kernels.planes_decode(own, own.precisions[0], dtype) for own in parts]
+        rows = [kernels.planes_decode(own, layout.most, dtype) for own in parts]
         return torch.cat(rows) if part == "gate_up" else rows[0].mT
 
     def gate_up(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from popmm.kernels import operators
 from popmm.kernels.build import library
-from popmm.kernels.planes import MIDDLE, Planes, base_of
+from popmm.kernels.planes import MIDDLE, Planes, base_of, number_of, reading
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = {8: torch.int8, 4: torch.uint8}
@@ -131,7 +131,7 @@ def planes_add(rows: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
 
 
 def planes_decode(rows: Planes, bits: int, dtype: torch.dtype) -> Tensor:
-    planes, n_rows, d = _planes(rows, min(bits, rows.precisions[0]))
+    planes, n_rows, d = _planes(rows, reading(rows, bits))
     out = torch.empty(n_rows, d, dtype=dtype, device="cpu")
     library().planes_decode(*planes, dtype is torch.bfloat16, _p(out), torch.get_num_threads())
     return out
@@ -163,7 +163,7 @@ class TiersFFN:
         bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
         if (
             not 0 < len(tiers) <= len(parts[-1].precisions)
-            or any(b not in parts[-1].precisions for b in bits)
+            or any(number_of(b) not in parts[-1].precisions for b in bits)
             or min(counts) < 0
             or not 0 < sum(counts) <= d_ff
         ):
@@ -241,11 +241,16 @@ def _rows(rows: Tensor, name: str, ndim: int) -> tuple[int, int]:
 def _planes(rows: Planes, bits: int) -> tuple[tuple[int, ...], int, int]:
     """Addresses and sizes of nested planes, their number of rows and d."""
     n_rows, d, base = len(rows.fine), rows.d, base_of(bits)
-    groups, quarter = rows.scale.shape[-1], rows.fine.shape[1] and d // 4
-    shapes = [(n_rows, base * d // 8), (n_rows, quarter), (n_rows, quarter), (n_rows, groups)]
+    groups, quarters = rows.scale.shape[-1], [plane.shape[1] and d // 4 for plane in (rows.fine, rows.finest)]
+    shapes = [(n_rows, base * d // 8), *((n_rows, quarter) for quarter in quarters), (n_rows, groups)]
     kinds = [torch.uint8] * 3 + [torch.float16]
-    right = bits in MIDDLE and all(
-        t.shape == s and t.dtype is k and t.is_contiguous() and t.is_cpu for t, s, k in zip(rows, shapes, kinds)
+    there = number_of(bits) <= rows.precisions[0] or rows.precisions == (4,)  # one plane is read whatever is asked
+    right = (
+        number_of(bits) in MIDDLE
+        and there
+        and all(
+            t.shape == s and t.dtype is k and t.is_contiguous() and t.is_cpu for t, s, k in zip(rows, shapes, kinds)
+        )
     )
     group = d // groups if groups else 0
     if not right or not group or group % 8 or group > 64 or d % group:

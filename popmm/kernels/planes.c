@@ -71,7 +71,7 @@ static float dot_plain(const planes *p, int64_t row, int bits, const rounded *x)
     for (int64_t g = 0; g < p->d / p->group; g++) {
         int32_t part = 0;
         for (int64_t i = 0; i < p->group; i++) part += number(p, row, bits, g, i) * x->code[g * p->group + i];
-        sum += from_half(p->scale[row * (p->d / p->group) + g]) * (x->step[g] * part - MIDDLE[bits] * x->total[g]);
+        sum += from_half(p->scale[row * (p->d / p->group) + g]) * (x->step[g] * part - middle_of(p, bits) * x->total[g]);
     }
     return sum / cells(bits);
 }
@@ -82,7 +82,7 @@ static void add_plain(const planes *p, int bits, int64_t first, const int64_t *i
         const int64_t row = first + index[j];
         for (int64_t g = from; g < to; g++) {
             const float f = h[j] * from_half(p->scale[row * (p->d / p->group) + g]) / cells(bits);
-            for (int64_t i = 0; i < p->group; i++) y[g * p->group + i] += f * (number(p, row, bits, g, i) - MIDDLE[bits]);
+            for (int64_t i = 0; i < p->group; i++) y[g * p->group + i] += f * (number(p, row, bits, g, i) - middle_of(p, bits));
         }
     }
 }
@@ -235,6 +235,7 @@ static inline uint16_t to_bfloat16(float f) { /* finite, to nearest even */
 static inline __attribute__((always_inline)) void decode_of(int bits, const planes *p, int64_t from, int64_t to, int narrow,
                                                             void *out) {
     const int64_t groups = p->d / p->group;
+    const float middle = middle_of(p, bits);
     for (int64_t row = from; row < to; row++)
         for (int64_t g = 0; g < groups; g++) {
             uint8_t u[64];
@@ -246,9 +247,9 @@ static inline __attribute__((always_inline)) void decode_of(int bits, const plan
             const float scale = from_half(p->scale[row * groups + g]) / cells(bits);
             const int64_t at = row * p->d + g * p->group;
             if (narrow)
-                for (int64_t i = 0; i < p->group; i++) ((uint16_t *)out)[at + i] = to_bfloat16((u[i] - MIDDLE[bits]) * scale);
+                for (int64_t i = 0; i < p->group; i++) ((uint16_t *)out)[at + i] = to_bfloat16((u[i] - middle) * scale);
             else
-                for (int64_t i = 0; i < p->group; i++) ((float *)out)[at + i] = (u[i] - MIDDLE[bits]) * scale;
+                for (int64_t i = 0; i < p->group; i++) ((float *)out)[at + i] = (u[i] - middle) * scale;
         }
 }
 
@@ -260,7 +261,8 @@ static inline part me(void) { return (part){omp_get_thread_num(), omp_get_num_th
 int64_t planes_dot(const uint8_t *base, const uint8_t *fine, const uint8_t *finest, const uint16_t *scale, int64_t n_rows,
                    int64_t d, int64_t group, int bits, const int64_t *index, int64_t n, int64_t k, const float *x, float *out,
                    int threads) {
-    const planes p = {base, fine, finest, scale, n_rows, d, group};
+    const planes p = {base, fine, finest, scale, n_rows, d, group, bits & PLAIN};
+    bits = number_of(bits);
     const int64_t outside = index ? first_outside(index, n * k, n_rows) : -1;
     if (outside >= 0) return outside;
     rounded own;
@@ -287,8 +289,8 @@ int64_t layers_dot(const layer *layers, int64_t n_layers, int64_t n, const float
     {
         float *to = out;
         for (const layer *l = layers; l < end; to += l++->n_rows) {
-            const planes p = {l->planes[0], l->planes[1], l->planes[2], l->planes[3], l->n_rows, d, group};
-            rows_dot(&p, l->bits, 0, NULL, l->n_rows, own, n, to, all, share(l->n_rows, 4, me()));
+            const planes p = {l->planes[0], l->planes[1], l->planes[2], l->planes[3], l->n_rows, d, group, l->bits & PLAIN};
+            rows_dot(&p, number_of(l->bits), 0, NULL, l->n_rows, own, n, to, all, share(l->n_rows, 4, me()));
         }
     }
     for (int64_t t = 0; t < n; t++)
@@ -302,7 +304,8 @@ int64_t layers_dot(const layer *layers, int64_t n_layers, int64_t n, const float
 int64_t planes_add(const uint8_t *base, const uint8_t *fine, const uint8_t *finest, const uint16_t *scale, int64_t n_rows,
                    int64_t d, int64_t group, int bits, const int64_t *index, int64_t n, int64_t k, const float *h, float *out,
                    int threads) {
-    const planes p = {base, fine, finest, scale, n_rows, d, group};
+    const planes p = {base, fine, finest, scale, n_rows, d, group, bits & PLAIN};
+    bits = number_of(bits);
     const int64_t outside = first_outside(index, n * k, n_rows);
     if (outside >= 0) return outside;
     float *const sums = malloc(PARTS * d * sizeof(float));
@@ -318,7 +321,8 @@ int64_t planes_add(const uint8_t *base, const uint8_t *fine, const uint8_t *fine
 /* all rows, in float32, or bfloat16 if narrow; groups of at most 64 */
 void planes_decode(const uint8_t *base, const uint8_t *fine, const uint8_t *finest, const uint16_t *scale, int64_t n_rows,
                    int64_t d, int64_t group, int bits, int narrow, void *out, int threads) {
-    const planes p = {base, fine, finest, scale, n_rows, d, group};
+    const planes p = {base, fine, finest, scale, n_rows, d, group, bits & PLAIN};
+    bits = number_of(bits);
 #pragma omp parallel num_threads(threads)
     {
         const range own = share(n_rows, 1, me());

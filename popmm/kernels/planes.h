@@ -10,9 +10,15 @@ typedef struct {
     const uint8_t *base, *fine, *finest;
     const uint16_t *scale;
     int64_t n_rows, d, group;
+    int plain; /* rounded for the bits that are read alone */
 } planes;
 
+/* `bits` as they are handed over: with PLAIN added of rows that were rounded for them alone */
+#define PLAIN 16
+static inline int number_of(int bits) { return bits & ~PLAIN; }
+
 static const float MIDDLE[9] = {[3] = 4.0f, [4] = 8.0f, [5] = 17.5f, [6] = 33.5f, [7] = 71.5f, [8] = 135.5f};
+static inline float middle_of(const planes *p, int bits) { return p->plain ? (float)(1 << (bits - 1)) : MIDDLE[bits]; }
 static inline int base_bits(int bits) { return bits & 1 ? 3 : 4; }
 static inline int cells(int bits) { return 1 << (bits - base_bits(bits)); } /* of a base code that these bits tell */
 static inline const uint8_t *base_of(const planes *p, int64_t row, int bits, int64_t g) {

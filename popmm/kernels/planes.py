@@ -3,7 +3,10 @@
 A weight w in a group of scale s is ``code = round(w / s)`` in [-8, 7] (of 3 bits [-4, 3]), and where it lies within
 the code's cell: ``fine`` tells the quarter, ``finest`` the quarter of the quarter. With 4, 6 or 8 bits read (3, 5 or 7)
 it is taken to lie in the middle of its cell, so that each precision is centred by itself. In one number,
-``u = (code + 2^(base - 1)) * 2^(bits - base) + cell``, and the value is ``s * (u - MIDDLE[bits]) / 2^(bits - base)``.
+``u = (code + 2^(base - 1)) * 2^(bits - base) + cell``, and the value is ``s * (u - middle(bits)) / 2^(bits - base)``.
+
+Rows that are read in one precision alone need no such middles: they are rounded for it, as a plain quantiser does
+(``encode_plain``), and their bits are named with ``PLAIN`` added.
 """
 
 from __future__ import annotations
@@ -21,6 +24,22 @@ from popmm.kernels.twin import ROWS_AT_ONCE, as_half, best_scale, codes_of, extr
 CODES_OF_EXTREME = (-8.0, -7.6, -7.2, -6.8, -6.24, 7.0, 6.5, 6.0)
 BASES = (4, 3)  # bits that the first plane may have
 MIDDLE = {3: 4.0, 4: 8.0, 5: 17.5, 6: 33.5, 7: 71.5, 8: 135.5}
+PLAIN = 16  # added to bits in which rows were rounded by ``encode_plain``
+
+
+def plainly(bits: int) -> int:
+    """How rows of ``encode_plain`` are read in their bits; a base is read as ever."""
+    return bits | PLAIN if bits > max(BASES) else bits
+
+
+def number_of(bits: int) -> int:
+    """Bits that are read, without ``PLAIN``."""
+    return bits & ~PLAIN
+
+
+def middle(bits: int) -> float:
+    """The number that stands for 0."""
+    return 2.0 ** (number_of(bits) - 1) if bits & PLAIN else MIDDLE[bits]
 
 
 def base_of(bits: int) -> int:
@@ -53,8 +72,8 @@ class Planes(NamedTuple):
     @property
     def precisions(self) -> tuple[int, ...]:
         """Bits in which these rows can be read, the best first."""
-        base = self.base_bits
-        return (base + 4, base + 2, base) if self.fine.shape[1] else (base,)
+        further = 2 * sum(plane.shape[1] > 0 for plane in (self.fine, self.finest))
+        return tuple(range(self.base_bits + further, self.base_bits - 1, -2))
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self)
@@ -78,8 +97,36 @@ def _encode(rows: Tensor, base_bits: int) -> Planes:
     value = parts / scale.float().unsqueeze(-1)
     cell = ((value - code + 0.5) * 16).floor().clamp_(0, 15).to(torch.uint8)
     u = (code + 2 ** (base_bits - 1)).to(torch.uint8)
-    base = packed_codes(u) if base_bits == 4 else torch.cat([_packed(u >> 1, 4), _last_bits(u & 1)], dim=-1).flatten(1)
-    return Planes(base, _packed(cell >> 2, 4).flatten(1), _packed(cell & 3, 4).flatten(1), scale)
+    return Planes(_packed_base(u, base_bits), *(_packed(own, 4).flatten(1) for own in (cell >> 2, cell & 3)), scale)
+
+
+def encode_plain(rows: Tensor, bits: int) -> Planes:
+    """Rows as ``encode`` takes them, rounded for being read in ``plainly(bits)`` alone."""
+    if plainly(bits) == bits:
+        return encode(rows, base_of(bits))
+    step = max(1, ROWS_AT_ONCE // rows.shape[1])
+    with without_autocast(rows.device):
+        parts = [_encode_plain(rows[i : i + step].float(), bits) for i in range(0, len(rows), step)]
+        return Planes(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+def _encode_plain(rows: Tensor, bits: int) -> Planes:
+    n, d = rows.shape
+    base_bits = base_of(bits)
+    parts, cells = rows.view(n, -1, group_of(d)), 2 ** (bits - base_bits)
+    extreme, highest = extreme_of(parts), 2 ** (bits - 1)
+    tried = (as_half(extreme / (code * highest / 8) * cells).float() / cells for code in CODES_OF_EXTREME)
+    scale = best_scale(parts, bits, tried)
+    u = (codes_of(parts, scale, bits) + highest).to(torch.uint8)
+    planes = [_packed(u >> shift & 3, 4).flatten(1) for shift in range(bits - base_bits - 2, -1, -2)]
+    none = [planes[0][:, :0]] * (2 - len(planes))
+    return Planes(_packed_base(u // cells, base_bits), *planes, *none, (scale * cells).half())
+
+
+def _packed_base(u: Tensor, base_bits: int) -> Tensor:
+    if base_bits == 4:
+        return packed_codes(u)
+    return torch.cat([_packed(u >> 1, 4), _last_bits(u & 1)], dim=-1).flatten(1)
 
 
 def packed_codes(u: Tensor) -> Tensor:
@@ -131,7 +178,7 @@ def _last_bits(bits: Tensor) -> Tensor:
 def decode(planes: Planes, bits: int) -> Tensor:
     """Rows as they are read in so many bits, float32 ``[n, d]``."""
     groups, group, base_bits = planes.scale.shape[1], planes.group, planes.base_bits
-    bits = min(bits, planes.precisions[0])
+    bits = reading(planes, bits)
     base = planes.base.unflatten(1, (groups, -1))
     if base_bits == 4:
         u = _unpacked(base, 2)
@@ -139,10 +186,15 @@ def decode(planes: Planes, bits: int) -> Tensor:
         upper, last = base.split([group // 4, group // 8], dim=-1)
         u = (_unpacked(upper, 4) << 1) | _unpacked(last.unsqueeze(-1), 8).flatten(-2)
     for needed, plane in ((base_bits + 2, planes.fine), (base_bits + 4, planes.finest)):
-        if bits >= needed:
+        if number_of(bits) >= needed:
             u = (u << 2) | _unpacked(plane.unflatten(1, (groups, -1)), 4)
-    step = planes.scale.float() / 2 ** (bits - base_bits)
-    return ((u.float() - MIDDLE[bits]) * step.unsqueeze(-1)).flatten(1)
+    step = planes.scale.float() / 2 ** (number_of(bits) - base_bits)
+    return ((u.float() - middle(bits)) * step.unsqueeze(-1)).flatten(1)
+
+
+def reading(planes: Planes, bits: int) -> int:
+    """The bits in which rows are read where so many are asked for: those of one plane in these."""
+    return bits if number_of(bits) <= planes.precisions[0] else planes.precisions[0]
 
 
 def chosen(planes: Planes, index: Tensor) -> Planes:

@@ -113,7 +113,7 @@ static inline __attribute__((always_inline)) void dots(const planes *p, const in
             }
         }
     }
-    for (int r = 0; r < AT_ONCE; r++) out[r] = (across(sum[r]) - MIDDLE[bits] * across(offset[r])) / cells(bits);
+    for (int r = 0; r < AT_ONCE; r++) out[r] = (across(sum[r]) - middle_of(p, bits) * across(offset[r])) / cells(bits);
 }
 
 /* which small numbers of a row: its codes of 3 or 4 bits, the pairs of `fine`, those of `fine` and `finest` as one nibble */

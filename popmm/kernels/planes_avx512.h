@@ -90,7 +90,7 @@ static inline __attribute__((always_inline)) void dots(const planes *p, const in
             }
         }
     }
-    const __m512 middle = _mm512_set1_ps(MIDDLE[bits]);
+    const __m512 middle = _mm512_set1_ps(middle_of(p, bits));
     for (int i = 0; i < rows * m; i++) sum[i] = _mm512_fnmadd_ps(middle, offset[i], sum[i]);
     for (int i = 0; i < rows * m; i += 4) {
         float found[4];
@@ -207,7 +207,7 @@ static inline __attribute__((always_inline)) void add_tiles(const planes *p, int
         }
         for (int64_t t = 0; t < m; t++) {
             float middle[16];
-            _mm512_storeu_ps(middle, _mm512_mul_ps(total[t], _mm512_set1_ps(-MIDDLE[bits])));
+            _mm512_storeu_ps(middle, _mm512_mul_ps(total[t], _mm512_set1_ps(-middle_of(p, bits))));
             for (int64_t i = 0; i < n; i++) {
                 for (int c = 0; c < 64; c++) own[t][i * 64 + c] += middle[i];
                 unshuffled(own[t] + i * 64, y + t * p->d + (g + i) * 64);

@@ -156,16 +156,19 @@ static int new_memory(int64_t d, int64_t group, int64_t d_ff, int64_t m, int thr
 /* y[n, d] of x[n, d]; index[n, K]: the channels read, the best tier first, rising within each.
  *
  * up is NULL where h is the activated gate alone. Rows of token t begin at first[t]; rms, norm and biases (or NULL) are
- * of all rows. Tier i reads count[i] channels in bits[i] bits. Each token chooses by its scores; with votes[n] all choose together, and read the same rows: by the sum of
+ * of all rows. Tier i reads count[i] channels in read[i] bits. Each token chooses by its scores; with votes[n] all choose together, and read the same rows: by the sum of
  * their scores' squares, each token's of sum votes[t]. Returns -1, or OUT_OF_MEMORY, or the place of a wrong `first`.
  */
 int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *const *down, int64_t n_rows, int64_t d,
                   int64_t group, int64_t d_ff, const float *rms, const float *norm, const float *gate_bias,
-                  const float *up_bias, int activation, int64_t n_tiers, const int64_t *bits, const int64_t *count,
+                  const float *up_bias, int activation, int64_t n_tiers, const int64_t *read, const int64_t *count,
                   const int64_t *first, const float *votes, int64_t n, const float *x, float *y, int64_t *index, int threads) {
-    const planes g = {gate[0], gate[1], gate[2], gate[3], n_rows, d, group};
-    const planes u = up ? (planes){up[0], up[1], up[2], up[3], n_rows, d, group} : g;
-    const planes w = {down[0], down[1], down[2], down[3], n_rows, d, group};
+    const int plain = (int)read[0] & PLAIN;
+    const planes g = {gate[0], gate[1], gate[2], gate[3], n_rows, d, group, plain};
+    const planes u = up ? (planes){up[0], up[1], up[2], up[3], n_rows, d, group, plain} : g;
+    const planes w = {down[0], down[1], down[2], down[3], n_rows, d, group, plain};
+    int64_t bits[MOST_TIERS];
+    for (int64_t i = 0; i < n_tiers; i++) bits[i] = number_of((int)read[i]);
     const int64_t outside = first_outside(first, n, n_rows - d_ff + 1);
     if (outside >= 0) return outside;
     tiers of = {n_tiers, 0, bits, count};

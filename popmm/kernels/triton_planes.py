@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from popmm.kernels.planes import MIDDLE, Planes
+from popmm.kernels.planes import Planes, middle, number_of, reading
 from popmm.kernels.triton_rows import SPLITS, _device
 
 
@@ -110,8 +110,9 @@ def _add(
 
 
 def _coding(rows: Planes, bits: int) -> dict:
-    bits = min(bits, rows.precisions[0])
-    return dict(MIDDLE=MIDDLE[bits], CELLS=2 ** (bits - rows.base_bits), BITS=bits, QUARTER=rows.group // 4)
+    bits = reading(rows, bits)
+    cells = 2 ** (number_of(bits) - rows.base_bits)
+    return dict(MIDDLE=middle(bits), CELLS=cells, BITS=number_of(bits), QUARTER=rows.group // 4)
 
 
 def planes_dot(rows: Planes, bits: int, index: Tensor | None, x: Tensor) -> Tensor:

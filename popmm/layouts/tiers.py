@@ -51,15 +51,26 @@ class TiersLayout(ChannelsStay):
         self._wholes: dict[tuple, kernels.TiersFFN] = {}  # the same by tiers
         self._source: tuple | None = None
         self.replaced = False  # the model's own weights were freed
+        whole = {(number, d_ff) for own in (sizes, *several.values()) for number, d_ff in own.tiers}
+        alone = len(whole) == 1 and whole.pop()[1] == sizes.d_ff and not isinstance(sizes, OnePlaneSizes)
+        self.plain = alone  # all channels are read in one precision alone
 
     def dequantised(self, source: FFNWeights) -> FFNWeights:
         """All that the planes hold of the weights, in the shapes and the dtype of ``source``."""
-        most, dtype, shape = self.down.precisions[0], source.down.dtype, source.gate.shape
+        most, dtype, shape = self.most, source.down.dtype, source.gate.shape
         gate, up, down = (
             None if part is None else kernels.planes_decode(part, most, dtype).view(shape)
             for part in (self.gate, self.up, self.down)
         )
         return source._replace(gate=gate, up=up, down=down.mT)
+
+    @property
+    def most(self) -> int:
+        """How all that the planes hold is read."""
+        return self._reading(self.down.precisions[0])
+
+    def _reading(self, bits: int) -> int:
+        return planes.plainly(bits) if self.plain else bits
 
     def allocate(self, source: FFNWeights) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -88,7 +99,7 @@ class TiersLayout(ChannelsStay):
         parts, biases = (self.gate, self.up, self.down), (self.gate_bias, self.up_bias)
         held = parts, self.sizes.d_ff, self.rms, self.norms, biases, name
         every = {sizes.tiers for sizes in (self.sizes, *self.several.values())}
-        return {tiers: kernels.TiersFFN(*held, tiers) for tiers in every}
+        return {tiers: kernels.TiersFFN(*held, [(self._reading(bits), n) for bits, n in tiers]) for tiers in every}
 
     def sizes_of(self, tokens: int) -> TierSizes:
         """Sizes for so many tokens that choose together."""
@@ -106,6 +117,9 @@ class TiersLayout(ChannelsStay):
         check_finite(stack, f"{self.site} holds {part}", "selection='gate' with gate_bits=16")
         if part != "down" and isinstance(self.sizes, OnePlaneSizes):
             return Planes(*map(torch.cat, zip(*map(encode_grid, stack))))
+        if self.plain:
+            bits = self.sizes.tiers[0][0]
+            return Planes(*map(torch.cat, zip(*(planes.encode_plain(own, bits) for own in stack))))
         return Planes(*map(torch.cat, zip(*(planes.encode(own, self.sizes.base) for own in stack))))
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor | None) -> None:
@@ -141,8 +155,8 @@ class TiersLayout(ChannelsStay):
                 y, index = self._whole_of(votes)(first.squeeze(1), x, votes)
                 return _with(y, self.down_bias, experts), index
             y, places = x.new_zeros(x.shape), []
-            for bits, index, g, u in self.chosen(x, combine, experts, votes):
-                y = y + kernels.planes_add(self.down, bits, first + index, combine(g, u))
+            for read, index, g, u in self.chosen(x, combine, experts, votes):
+                y = y + kernels.planes_add(self.down, read, first + index, combine(g, u))
                 places.append(index)
             return _with(y, self.down_bias, experts), torch.cat(places, dim=1)
 
@@ -152,8 +166,8 @@ class TiersLayout(ChannelsStay):
         """What rows x, float32 ``[n, d_model]``, read of gate and up, the first half of ``decode``.
 
         Returns:
-            For each tier its bits, the channels that are read in them, int64 ``[n, k]``, and their gate and up
-            projections, float32 ``[n, k]``; None of an FFN that has no gate.
+            For each tier how its rows are read, its channels, int64 ``[n, k]``, and their gate and up projections,
+            float32 ``[n, k]``; None of an FFN that has no gate.
         """
         with without_autocast(x.device):
             first, found = self._first(x, experts), []
@@ -163,12 +177,12 @@ class TiersLayout(ChannelsStay):
             if votes is not None:
                 score, sizes = together(score, votes).expand(len(x), -1), self.sizes_of(len(x))
             for (bits, _), index in zip(sizes.tiers, assign(score, sizes.tiers)):
-                rows, own, u = first + index, g.gather(1, index), None
+                rows, own, u, read = first + index, g.gather(1, index), None, self._reading(bits)
                 if min(bits, self.gate.precisions[0]) > self.sizes.base:
-                    own = _with(kernels.planes_dot(self.gate, bits, rows, x), self.gate_bias, experts, index)
+                    own = _with(kernels.planes_dot(self.gate, read, rows, x), self.gate_bias, experts, index)
                 if self.up is not None:
-                    u = _with(kernels.planes_dot(self.up, bits, rows, x), self.up_bias, experts, index)
-                found.append((bits, index, own, u))
+                    u = _with(kernels.planes_dot(self.up, read, rows, x), self.up_bias, experts, index)
+                found.append((read, index, own, u))
             return found
 
     @property
@@ -226,7 +240,7 @@ class TiersLayout(ChannelsStay):
             return _with(y, self.down_bias, experts), read
 
     def _product(self, part: Planes, bits: int, x: Tensor, experts: Tensor | None, transposed=False) -> Tensor:
-        rows = kernels.planes_decode(part, bits)
+        rows = kernels.planes_decode(part, self._reading(bits))
         if experts is None:
             return F.linear(x, rows.mT if transposed else rows)
         stack = rows.view(-1, self.sizes.d_ff, rows.shape[1])

@@ -47,7 +47,7 @@ class Recorded:
         storages = [_storage(a) if _plain(a) else None for a in args]
         if not all(isinstance(a, int) or s is not None for a, s in zip(args, storages)):
             self.lost = "not all inputs are plain tensors on the CPU"
-        self._copies = [
+        copies = [
             i
             for i, (a, storage) in enumerate(zip(args, storages))
             if storage is not None
@@ -57,10 +57,12 @@ class Recorded:
             and storages.count(storage) == 1
         ]
         self.inputs = list(args)
-        for i in self._copies:
-            self.inputs[i] = _copied(args[i])
-        copied = set(self._copies)
-        self._stay = [i for i, a in enumerate(args) if isinstance(a, Tensor) and i not in copied]
+        self._copies = {}  # where the inputs at these places are written to
+        for i in copies:
+            self.inputs[i] = torch.empty_strided(args[i].shape, args[i].stride(), dtype=args[i].dtype, device="cpu")
+            self._copies[i] = _once(self.inputs[i])
+            self._copies[i].copy_(_once(args[i]))
+        self._stay = [i for i, a in enumerate(args) if isinstance(a, Tensor) and i not in self._copies]
         self._places = [args[i].data_ptr() for i in self._stay]
         self._numbers = {i: a for i, a in enumerate(args) if not isinstance(a, Tensor)}
 
@@ -106,7 +108,7 @@ class Recorded:
         copies = {_storage(self.inputs[i]): i for i in self._copies}
         self.written_copies = {i for storage, i in copies.items() if storage in self._written}
         for i in self.written_copies:
-            args[i].copy_(self.inputs[i])
+            _once(args[i]).copy_(self._copies[i])
         staying = {i: _storage(args[i]) for i in self._stay}
         self._state = [i for i, storage in staying.items() if storage in self._written]
         if self._held > HELD or sum(args[i].untyped_storage().nbytes() for i in self._state) > HELD:
@@ -145,18 +147,18 @@ class Recorded:
         return all(args[i] == number for i, number in self._numbers.items())
 
     def __call__(self, args: tuple) -> Any:
-        for i in self._copies:
-            self.inputs[i].copy_(args[i])
+        for i, to in self._copies.items():
+            to.copy_(_once(args[i]))
         self.program.run()
         return self._returned(args)
 
     def state(self, args: tuple) -> list[Tensor]:
         """Copies of the inputs that a call writes."""
-        return [args[i].clone() for i in self._state]
+        return [_memory(args[i]).clone() for i in self._state]
 
     def set_state(self, args: tuple, state: list[Tensor]) -> None:
         for i, own in zip(self._state, state):
-            args[i].copy_(own)
+            _memory(args[i]).copy_(own)
 
     def _returned(self, args: tuple) -> Any:
         kinds = {"value": lambda own: own, "input": lambda i: args[i], "made": lambda own: own.clone()}
@@ -184,5 +186,12 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _copied(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu").copy_(t)
+def _once(t: Tensor) -> Tensor:
+    """A tensor without the repetitions of an expanded one."""
+    repeated = [size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride())]
+    return t[tuple(slice(0, 1) if own else slice(None) for own in repeated)] if any(repeated) else t
+
+
+def _memory(t: Tensor) -> Tensor:
+    """All that a tensor's storage holds, uint8."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(t.untyped_storage())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from popmm import kernels
 from popmm.adapters.forms import is_mixer
 from popmm.kernels import planes
-from popmm.kernels.planes import Planes, base_of
+from popmm.kernels.planes import Planes
 from popmm.kernels.precision import output_dtype, without_autocast
 from popmm.kernels.twin import check_finite, group_of
 from popmm.method.ffn import identity
@@ -58,10 +58,10 @@ class RestLayer:
         with torch.inference_mode(False), torch.no_grad():
             weight = self.module.weight.detach()
             check_finite(weight, f"{self.name} holds", "rest_bits=16")
-            self.planes = planes.encode(weight, base_of(self.bits))
+            self.planes, self._reading = planes.encode_plain(weight, self.bits), planes.plainly(self.bits)
             self._identity, self._marks = identity(weight), self._read_marks()
             served = kernels.serves_planes(self.planes)
-            self._product = kernels.PlanesLinear(self.planes, self.bits, self.module.bias) if served else None
+            self._product = kernels.PlanesLinear(self.planes, self._reading, self.module.bias) if served else None
 
     def _read_marks(self) -> list[Tensor]:
         bias = self.module.bias
@@ -88,7 +88,7 @@ class RestLayer:
         if self._product is not None and n_tokens <= SMALL_BATCH and not kernels.needs_gradient(x):
             return self._answer(x, x.to(dtype))
         with without_autocast(x.device):
-            y = F.linear(x.float(), kernels.planes_decode(self.planes, self.bits))
+            y = F.linear(x.float(), kernels.planes_decode(self.planes, self._reading))
             if self.module.bias is not None:
                 y = y + self.module.bias
         return y.to(dtype)
