@@ -1,4 +1,4 @@
-"""Generates a story with 30 % of each block's weights pruned online. Needs no download."""
+"""Generates a story from a third of the FFNs' 16-bit bytes. Needs no download."""
 
 import popmm
 from popmm import PopConfig
@@ -6,7 +6,7 @@ from popmm import PopConfig
 model, tokenizer = popmm.zoo.load("stories")
 inputs = tokenizer("Once upon a time, a little fox found a shiny key.", return_tensors="pt")
 
-state = popmm.attach(model, PopConfig(pruning_ratio=0.3))
+state = popmm.attach(model, PopConfig(bytes=0.33))
 output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=80)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 

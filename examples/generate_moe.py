@@ -6,7 +6,7 @@ from popmm import PopConfig
 model, tokenizer = popmm.zoo.load("stories-moe")
 inputs = tokenizer("Once upon a time, a little fox found a shiny key.", return_tensors="pt")
 
-with popmm.pruned(model, PopConfig(pruning_ratio=0.3)) as state:
+with popmm.pruned(model, PopConfig(bytes=0.33)) as state:
     output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=80)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
     print(state.summary())

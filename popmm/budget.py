@@ -61,6 +61,8 @@ def ratio_of(description: ModelDescription, config: PopConfig) -> float:
     if prunable == 0:
         raise ValueError(_why_none(description, config))
     if config.ffn_ratio is not None:
+        if config.bytes is not None and config.ffn_ratio > MAX_FFN_RATIO:
+            raise ValueError(f"bytes={config.bytes} is too little to decode from: give 0.13 or more, such as 0.25")
         return _check_ffn_ratio(config.ffn_ratio)
     ratio = pruning_ratio * everything / prunable
     if ratio > MAX_FFN_RATIO:

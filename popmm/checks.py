@@ -22,6 +22,12 @@ def layer_indices(value) -> tuple[int, ...]:
     return tuple(sorted(set(indices)))
 
 
+def check_bits(name: str, value, allowed: tuple, what: str) -> None:
+    """Refuses what is none of some whole numbers of bits, or None where that is allowed."""
+    if value not in allowed or isinstance(value, bool) or not (value is None or isinstance(value, int)):
+        raise ValueError(f"{name}={value!r}: give {what}")
+
+
 def check_count(name: str, value, what: str) -> None:
     """Refuses what is no whole number from 0 on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:

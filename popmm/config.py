@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from popmm.checks import is_number, layer_indices
+from popmm.checks import check_bits, is_number, layer_indices
 
 DEFAULT_PRUNING_RATIO = 0.4  # of the paper's own selections, and of gate
 DEFAULT_BYTES = 0.33  # of tiers: the fewest at which they lose little (docs/quality.md)
@@ -141,15 +141,15 @@ class PopConfig:
             if value is not None and not (is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not a ratio: give a number in [0, 1), such as 0.4")
         if self.selection is None:
-            default = "gate" if self.bytes is None and self.weight_bits is None else "tiers"
-            object.__setattr__(self, "selection", default if self.candidate_fraction is None else "mask")
+            default = "gate" if self.candidate_fraction is None else "mask"
+            says_bytes = self.bytes is not None or self.weight_bits is not None
+            object.__setattr__(self, "selection", "tiers" if says_bytes else default)
         if self.candidate_fraction is None and self.selection in ("mask", "keep"):
             object.__setattr__(self, "candidate_fraction", DEFAULT_CANDIDATE_FRACTION)
         if self.selection == "tiers":
             self._check_tiers()
         bits = self.gate_bits
-        if bits is not None and (not isinstance(bits, int) or bits not in (16, 8, 4)):
-            raise ValueError(f"gate_bits={bits!r}: give 16, 8 or 4, or None to have them chosen")
+        check_bits("gate_bits", bits, (None, 16, 8, 4), "16, 8 or 4, or None to have them chosen")
         if self.weight_bits is not None and self.selection != "tiers":
             raise ValueError(f"weight_bits={self.weight_bits} belongs to selection='tiers': leave it out")
         if bits is not None and self.selection != "gate":
@@ -174,8 +174,7 @@ class PopConfig:
         if not (named or callable(self.importance)):
             known = ", ".join(map(repr, _IMPORTANCES))
             raise ValueError(f"importance={self.importance!r}: give one of {known}, or a callable")
-        if self.rest_bits not in (PLAIN_BITS, *PLANE_BITS) or isinstance(self.rest_bits, bool):
-            raise ValueError(f"rest_bits={self.rest_bits!r}: give 16 (as they are), 8, 7, 6, 5, 4 or 3")
+        check_bits("rest_bits", self.rest_bits, (PLAIN_BITS, *PLANE_BITS), "16 (as they are), 8, 7, 6, 5, 4 or 3")
         for name, what in (("refresh_every", "decode steps, or 0 for never"), ("waiting_calls", "calls, or 0")):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -229,10 +228,9 @@ class PopConfig:
             return
         same = self.pruning_ratio is None and is_number(self.ffn_ratio) and self.ffn_ratio == 1 - self.bytes
         if not same and (self.pruning_ratio is not None or self.ffn_ratio is not None):
-            raise ValueError(
-                f"bytes={self.bytes} says what a token reads, pruning_ratio={self.pruning_ratio} and ffn_ratio="
-                f"{self.ffn_ratio} what it does not: give one of them"
-            )
+            other = "ffn_ratio" if self.pruning_ratio is None else "pruning_ratio"
+            both = f"bytes={self.bytes} says what a token reads, {other}={getattr(self, other)} what it does not"
+            raise ValueError(f"{both}: give one of them")
         if self.selection not in (None, "gate", "tiers"):
             raise ValueError(f"bytes={self.bytes} belongs to selection='tiers' or 'gate': give a ratio with this one")
         if not (is_number(self.bytes) and 0 < self.bytes <= 1):
@@ -243,9 +241,8 @@ class PopConfig:
         for name, value in (("candidate_fraction", None), ("fill", "zero"), ("gate_bits", None)):
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not go with selection='tiers': leave it out")
-        if self.weight_bits not in (None, *PLANE_BITS) or isinstance(self.weight_bits, bool):
-            raise ValueError(f"weight_bits={self.weight_bits!r}: give 8, 7, 6, 5, 4 or 3, or None for tiers")
-        if self.weight_bits is not None and self.bytes is not None and self.bytes < 1:
+        check_bits("weight_bits", self.weight_bits, (None, *PLANE_BITS), "8, 7, 6, 5, 4 or 3, or None for tiers")
+        if self.weight_bits is not None and self.bytes is not None:
             both = f"weight_bits={self.weight_bits} reads all channels alike, bytes={self.bytes} chooses among them"
             raise ValueError(f"{both}: give one of them")
 

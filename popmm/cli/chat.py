@@ -15,7 +15,8 @@ from popmm.report import human_bytes
 from popmm.zoo.encoding import check_chats
 
 HELP = """/image PATH   show a picture (file or address) with the next question
-/ratio 0.3    prune so much from now on; 0 = dense
+/bytes 0.25   read so much of the FFNs from now on (tiers); 1 = dense
+/ratio 0.3    prune so much from now on (without --selection by gate); 0 = dense
 /stats        what the last answer cost, and the partition
 /reset        forget what was said and shown
 /quit         leave"""
@@ -40,6 +41,7 @@ class Chat:
         self.last: Answer | None = None
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.image,
+            "/bytes": self.bytes,
             "/ratio": self.ratio,
             "/stats": self.stats,
             "/reset": self.reset,
@@ -88,12 +90,22 @@ class Chat:
             ratio = float(value)
         except ValueError:
             raise ValueError(f"/ratio {value}: give a number in [0, 1), such as 0.3") from None
-        settings = self.settings.replace(pruning_ratio=ratio)
+        self._change(f"pruning_ratio {ratio:g}", pruning_ratio=ratio)
+
+    def bytes(self, value: str) -> None:
+        try:
+            share = float(value)
+        except ValueError:
+            raise ValueError(f"/bytes {value}: give a share in (0, 1], such as 0.25") from None
+        self._change(f"bytes {share:g}", bytes=share, selection="tiers")
+
+    def _change(self, what: str, **changes) -> None:
+        settings = self.settings.replace(**changes)
         self.conversation.config = settings
         self.settings, self.last = settings, None
         read, dense = self.conversation.state.bytes_per_token()
         self.console.print(
-            f"pruning_ratio {ratio:g}: reads {human_bytes(read)} of {human_bytes(dense)} FFN weights per token "
+            f"{what}, {settings.selection}: reads {human_bytes(read)} of {human_bytes(dense)} FFN weights per token "
             f"({read / dense:.1%}), skips {self.conversation.state.channels_skipped():.1%} of the FFN channels",
             style="dim",
             markup=False,

@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serving(serve)
     serve.set_defaults(run=_later("popmm.cli.serve_command:run"))
 
-    inspect = subcommands.add_parser("inspect", help="show a prompt's partition as a table and a picture")
+    what = "show a prompt's partition as a table and a picture; without settings gate's, whose regions differ"
+    inspect = subcommands.add_parser("inspect", help=what)
     _add_model(inspect)
     _add_config(inspect, shares=True)
     _add_generation(inspect)
@@ -123,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--tiny", action="store_true", help="a sixteenth of every width, two layers: a dry run")
     bench.add_argument("--batch", default="1", help="sequences at once, several comma-separated (%(default)s)")
     bench.add_argument("--prompt-tokens", type=int, default=128, help="(%(default)s)")
-    bench.add_argument("--new-tokens", type=int, default=128, help="(%(default)s)")
+    bench.add_argument("--new-tokens", "--max-new-tokens", type=int, default=128, help="(%(default)s)")
     bench.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     bench.add_argument(
         "--selections",
@@ -148,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_later("popmm.cli.commands:bench"))
 
     demo = subcommands.add_parser("demo", help="the bundled model, dense and pruned by 20 %% and 40 %%")
-    demo.add_argument("--max-new-tokens", type=int, default=100, help="(%(default)s)")
+    demo.add_argument("--max-new-tokens", "--new-tokens", type=int, default=100, help="(%(default)s)")
     demo.set_defaults(run=_later("popmm.cli.commands:demo"))
 
     zoo = subcommands.add_parser("zoo", help="the models of zoo:NAME: bundled, or made from the package index")
@@ -227,7 +228,7 @@ def _add_generation(parser: argparse.ArgumentParser, prompt: bool = True) -> Non
             action=argparse.BooleanOptionalAction,
             help="ask the prompt in the tokenizer's chat template; default: where it has one",
         )
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", "--new-tokens", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
@@ -245,7 +246,8 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait; then 429 (%(default)s)")
     parser.add_argument("--max-megabytes", type=float, default=32, help="of a request; else 413 (%(default)s)")
     parser.add_argument("--max-seconds", type=float, default=600, help="of a request; then 504 (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=1024, help="where a request does not say (%(default)s)")
+    new_tokens = "where a request does not say (%(default)s)"
+    parser.add_argument("--new-tokens", "--max-new-tokens", type=int, default=1024, help=new_tokens)
     parser.add_argument("--cache-tokens", type=int, help="of all sequences together (16384; on a GPU by its memory)")
     parser.add_argument("--share-prefixes", action="store_true", help="read once what prompts have in common")
     parser.add_argument("--grace", type=float, default=30, help="seconds to end in when stopped (%(default)s)")

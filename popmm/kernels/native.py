@@ -161,12 +161,8 @@ class TiersFFN:
         if not same or n_rows % d_ff:
             raise ValueError(f"planes of {[tuple(rows.base.shape) for rows in there]} are no FFNs of d_ff={d_ff}")
         bits, counts = ([tier[i] for tier in tiers] for i in (0, 1))
-        if (
-            not 0 < len(tiers) <= len(parts[-1].precisions)
-            or any(number_of(b) not in parts[-1].precisions for b in bits)
-            or min(counts) < 0
-            or not 0 < sum(counts) <= d_ff
-        ):
+        known = 0 < len(tiers) <= len(parts[-1].precisions) and {*map(number_of, bits)} <= {*parts[-1].precisions}
+        if not known or min(counts) < 0 or not 0 < sum(counts) <= d_ff:
             raise ValueError(
                 f"tiers {tuple(tiers)} of {d_ff} channels: give (bits that the planes can be read in, channels)"
             )
@@ -245,15 +241,9 @@ def _planes(rows: Planes, bits: int) -> tuple[tuple[int, ...], int, int]:
     shapes = [(n_rows, base * d // 8), *((n_rows, quarter) for quarter in quarters), (n_rows, groups)]
     kinds = [torch.uint8] * 3 + [torch.float16]
     there = number_of(bits) <= rows.precisions[0] or rows.precisions == (4,)  # one plane is read whatever is asked
-    right = (
-        number_of(bits) in MIDDLE
-        and there
-        and all(
-            t.shape == s and t.dtype is k and t.is_contiguous() and t.is_cpu for t, s, k in zip(rows, shapes, kinds)
-        )
-    )
+    right = [t.shape == s and t.dtype is k and t.is_contiguous() and t.is_cpu for t, s, k in zip(rows, shapes, kinds)]
     group = d // groups if groups else 0
-    if not right or not group or group % 8 or group > 64 or d % group:
+    if not (all(right) and there and number_of(bits) in MIDDLE) or not group or group % 8 or group > 64 or d % group:
         raise TypeError(
             f"planes of {', '.join(map(_kind, rows))} at bits={bits}: give what planes.encode makes on the CPU, 4, 6 "
             "or 8 bits (3, 5 or 7 of those of 3)"

@@ -205,12 +205,12 @@ def chosen(planes: Planes, index: Tensor) -> Planes:
 def dot(planes: Planes, bits: int, index: Tensor, x: Tensor) -> Tensor:
     """``out[n, k] = rows[index[n, k]] . x[n]``, rows read in so many bits, float32: twin of C and Triton."""
     with without_autocast(x.device):
-        rows = decode(chosen(planes, index.flatten()), bits).view(*index.shape, -1)
+        rows = decode(chosen(planes, index.flatten()), bits).view(*index.shape, planes.d)
         return torch.einsum("nkd,nd->nk", rows, x.float())
 
 
 def add(planes: Planes, bits: int, index: Tensor, h: Tensor) -> Tensor:
     """``out[n] = sum over k of h[n, k] * rows[index[n, k]]``, rows read in so many bits, float32 ``[n, d]``."""
     with without_autocast(h.device):
-        rows = decode(chosen(planes, index.flatten()), bits).view(*index.shape, -1)
+        rows = decode(chosen(planes, index.flatten()), bits).view(*index.shape, planes.d)
         return torch.einsum("nkd,nk->nd", rows, h.float())

@@ -23,10 +23,10 @@ static void activate(float *g, int64_t from, int64_t to, int activation) {
         for (int64_t i = from; i < to; i++) g[i] = 0.5f * g[i] * (1 + erff(g[i] * 0.70710678f));
         break;
     case RELU2:
-        for (int64_t i = from; i < to; i++) g[i] = g[i] > 0 ? g[i] * g[i] : 0;
+        for (int64_t i = from; i < to; i++) g[i] = g[i] < 0 ? 0 : g[i] * g[i]; /* of no number: none */
         break;
     default:
-        for (int64_t i = from; i < to; i++) g[i] = g[i] > 0 ? g[i] : 0;
+        for (int64_t i = from; i < to; i++) g[i] = g[i] < 0 ? 0 : g[i];
     }
 }
 

@@ -54,6 +54,8 @@ class TiersLayout(ChannelsStay):
         whole = {(number, d_ff) for own in (sizes, *several.values()) for number, d_ff in own.tiers}
         alone = len(whole) == 1 and whole.pop()[1] == sizes.d_ff and not isinstance(sizes, OnePlaneSizes)
         self.plain = alone  # all channels are read in one precision alone
+        self._reading: Callable[[int], int] = planes.plainly if alone else int
+        self.most = 0  # how all that the planes hold is read
 
     def dequantised(self, source: FFNWeights) -> FFNWeights:
         """All that the planes hold of the weights, in the shapes and the dtype of ``source``."""
@@ -64,20 +66,13 @@ class TiersLayout(ChannelsStay):
         )
         return source._replace(gate=gate, up=up, down=down.mT)
 
-    @property
-    def most(self) -> int:
-        """How all that the planes hold is read."""
-        return self._reading(self.down.precisions[0])
-
-    def _reading(self, bits: int) -> int:
-        return planes.plainly(bits) if self.plain else bits
-
     def allocate(self, source: FFNWeights) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self.norms, self.marks = down_norm(source.down), fingerprint(source)
             if not self.sizes.is_dense:
                 for part, rows in (("gate", source.gate), ("up", source.up), ("down", source.down.mT)):
                     setattr(self, part, None if rows is None else self._encoded(part, rows))
+                self.most = self._reading(self.down.precisions[0])
                 self.has_kernels = kernels.serves_planes(self.gate)
                 self.rms = torch.ones_like(self.norms)
                 self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias

@@ -32,8 +32,11 @@ class FreedWeights:
 
     def overrides(self) -> list[Override]:
         """Refusals of what would read the freed weights, or move them without the planes."""
-        refused = [(self.model, name) for name in ("save_pretrained", "state_dict", "_apply")]
-        modules = [part for ffn in self._ffns for part in (ffn.site.places.values() or [ffn.site.module])]
+        own = [part for ffn in self._ffns for part in (ffn.site.places.values() or [ffn.site.module])]
+        freed = {id(part) for module in own for part in module.modules()}
+        # what holds a freed one would convert its other parts before it comes to that
+        modules = [m for m in self.model.modules() if any(id(part) in freed for part in m.modules())]
+        refused = [(self.model, "save_pretrained")]
         refused += [(module, name) for module in modules for name in ("state_dict", "_apply")]
         return [Override(module, name, self._refusing(getattr(module, name), name)) for module, name in refused]
 

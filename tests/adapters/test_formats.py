@@ -29,7 +29,7 @@ def test_a_format_decodes_in_tiers_and_comes_back_exactly(name, tmp_path):
         own = generate(model, INPUTS)[1]
     expected = generate(model, INPUTS)[1]
     assert torch.equal(own, expected)
-    for settings, close in ((dict(bytes=0.3), 0.25), (dict(weight_bits=8), 0.06)):
+    for settings, close in ((dict(bytes=0.3), 0.25), (dict(weight_bits=8), 0.08)):
         with popmm.pruned(model, selection="tiers", **settings) as state:
             found = generate(model, INPUTS)[1]
             assert state.passes["decode"] == 3

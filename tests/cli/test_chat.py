@@ -126,7 +126,10 @@ def test_commands(room, talk):
     assert "112 x 112 pixels; ask about it" in said(room)
     assert "partitioned from 16 image + " in said(room) and "tokens/s" in said(room)
     room.take("/ratio 0.1")
-    assert talk.state.config.pruning_ratio == 0.1 and "pruning_ratio 0.1: reads" in said(room)
+    assert talk.state.config.pruning_ratio == 0.1 and "pruning_ratio 0.1, gate: reads" in said(room)
+    room.take("/bytes 0.5")
+    assert talk.state.config.bytes == 0.5 and "bytes 0.5, tiers: reads" in said(room)
+    room.take("/ratio 0.1")
     room.take("/ratio 0")
     assert talk.state.bytes_per_token()[0] == talk.state.bytes_per_token()[1]
     room.take("/reset")
@@ -141,11 +144,12 @@ def test_commands(room, talk):
         ("/image", "/image PATH: name a file"),
         ("/image missing.png", "there is no file missing.png"),
         ("/image http://127.0.0.1:9/p.png", "cannot be reached"),
+        ("/bytes", "/bytes : give a share in (0, 1], such as 0.25"),
         ("/ratio", "/ratio : give a number in [0, 1), such as 0.3"),
         ("/ratio much", "/ratio much: give a number"),
         ("/ratio 1.5", "pruning_ratio=1.5 is not a ratio"),
         ("/ratio 0.9", "pruning_ratio=0.9 would prune"),
-        ("/nonsense", "there is no command /nonsense: /image, /ratio, /stats, /reset, /help, /quit"),
+        ("/nonsense", "there is no command /nonsense: /image, /bytes, /ratio, /stats, /reset, /help, /quit"),
     ],
 )
 def test_bad_lines_get_one_line_and_the_chat_goes_on(room, talk, line, message):
@@ -228,7 +232,7 @@ def test_chat_has_its_own_ratio_only_where_none_is_given(how, monkeypatch, capsy
     monkeypatch.setattr("sys.stdin", io.StringIO("Describe the picture.\n/stats\n/ratio 0.1\n/quit\n"))
     assert main(["chat", *how, "--max-new-tokens", "20"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("Row ") and "pruning_ratio 0.1: reads" in err
+    assert out.startswith("Row ") and "pruning_ratio 0.1, gate: reads" in err
     assert f"selection={'tiers' if how[0] == '--bytes' else 'gate'}" in err
 
 

@@ -64,9 +64,10 @@ def test_what_would_take_freed_weights_is_refused(call, tmp_path):
     with popmm.pruned(model, bytes=0.3, weights="replace"):
         with pytest.raises(RuntimeError, match="weights='replace'.*popmm.detach"):
             getattr(model, call)(*arguments)
-        with pytest.raises(RuntimeError, match="weights='replace'"):
-            model.model.layers[0].mlp.to(torch.bfloat16)
-        assert model.dtype is torch.float32
+        for part in (model.model, model.model.layers, model.model.layers[0], model.model.layers[0].mlp):
+            with pytest.raises(RuntimeError, match="weights='replace'"):
+                part.to(torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
         generate(model, {"input_ids": tiny.prompt(9)})
     getattr(model, call)(*arguments)
 
