@@ -232,7 +232,7 @@ def test_chat_has_its_own_ratio_only_where_none_is_given(how, monkeypatch, capsy
     monkeypatch.setattr("sys.stdin", io.StringIO("Describe the picture.\n/stats\n/ratio 0.1\n/quit\n"))
     assert main(["chat", *how, "--max-new-tokens", "20"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("Row ") and "pruning_ratio 0.1, gate: reads" in err
+    assert out.startswith("Row ") and "pruning_ratio 0.1, " in err and ": reads" in err
     assert f"selection={'tiers' if how[0] == '--bytes' else 'gate'}" in err
 
 

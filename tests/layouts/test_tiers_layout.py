@@ -111,6 +111,30 @@ def test_gradients_flow_through_a_step(llama):
     assert x.grad.abs().sum() > 0
 
 
+def test_gradients_flow_through_the_channels_that_are_read(llama):
+    with popmm.pruned(llama, CONFIG) as state, torch.no_grad():
+        llama(tiny.prompt(9))
+        ffn = state._ffns[0]
+        x = torch.randn(2, ffn.site.weights().d_model)
+        with torch.enable_grad():
+            x.requires_grad_()
+            ffn.layout.decode(x, ffn.layout.combine)[0].square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_the_prompts_statistics_predict_the_choice(llama):
+    """The up projection's root mean square over the prompt, of each prompt anew."""
+    seen = {}
+    for i, layer in enumerate(llama.model.layers):
+        layer.mlp.up_proj.register_forward_hook(lambda _, inputs, out, i=i: seen.__setitem__(i, out.detach()))
+    with popmm.pruned(llama, CONFIG) as state, torch.no_grad():
+        for n in (9, 14):
+            llama(tiny.prompt(n, seed=n))
+            for i, ffn in enumerate(state._ffns):
+                expected = seen[i][0].square().mean(0).sqrt()
+                torch.testing.assert_close(ffn.layout.rms, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -121,6 +145,10 @@ def test_gradients_flow_through_a_step(llama):
         (dict(selection="tiers", candidate_fraction=0.2), "candidate_fraction=0.2 does not go"),
         (dict(selection="tiers", weight_bits=9), "weight_bits=9: give 8, 7, 6, 5, 4 or 3"),
         (dict(weight_bits=8, selection="gate"), "weight_bits=8 belongs to selection='tiers'"),
+        (dict(weight_bits=8.0), "weight_bits=8.0: give 8, 7"),
+        (dict(bytes=0.3, rest_bits=8.0), "rest_bits=8.0: give 16"),
+        (dict(bytes=0.3, candidate_fraction=0.1), "candidate_fraction=0.1 does not go with selection='tiers'"),
+        (dict(bytes=1, weight_bits=4), "weight_bits=4 reads all channels alike"),
     ],
     ids=str,
 )
