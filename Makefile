@@ -6,7 +6,7 @@ TESTS ?=
 # processes, for the tests' products are too small for threads
 WORKERS ?= -n 2
 # what continuous integration runs on the newest and the oldest versions too
-CORE := tests/test_promises.py tests/runtime/test_moe.py tests/runtime/test_vlm.py tests/runtime/test_phase.py tests/layouts/test_gate.py tests/test_versions.py
+CORE := tests/test_promises.py tests/runtime/test_replay.py tests/runtime/test_moe.py tests/runtime/test_vlm.py tests/runtime/test_phase.py tests/layouts/test_gate.py tests/test_versions.py
 # the lower bounds of pyproject.toml, as versions to install
 OLDEST := $(shell sed -nE 's/^.*"(torch|transformers)>=([0-9.]+)".*$$/\1==\2.*/p; s/^.*"(torchvision)>=([0-9.]+)".*$$/\1==\2.*/p' pyproject.toml)
 
