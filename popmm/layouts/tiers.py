@@ -51,10 +51,10 @@ class TiersLayout(ChannelsStay):
         self._wholes: dict[tuple, kernels.TiersFFN] = {}  # the same by tiers
         self._source: tuple | None = None
         self.replaced = False  # the model's own weights were freed
-        whole = {(number, d_ff) for own in (sizes, *several.values()) for number, d_ff in own.tiers}
-        alone = len(whole) == 1 and whole.pop()[1] == sizes.d_ff and not isinstance(sizes, OnePlaneSizes)
-        self.plain = alone  # all channels are read in one precision alone
-        self._reading: Callable[[int], int] = planes.plainly if alone else int
+        whole = {tier for own in (sizes, *several.values()) for tier in own.tiers}
+        one = len(whole) == 1 and whole.pop()[1] == sizes.d_ff
+        self.plain = one and not isinstance(sizes, OnePlaneSizes)  # all channels are read in one precision alone
+        self._reading: Callable[[int], int] = planes.plainly if self.plain else int
         self.most = 0  # how all that the planes hold is read
 
     def dequantised(self, source: FFNWeights) -> FFNWeights:
@@ -111,11 +111,12 @@ class TiersLayout(ChannelsStay):
         stack = rows.detach() if rows.ndim == 3 else rows.detach().unsqueeze(0)
         check_finite(stack, f"{self.site} holds {part}", "selection='gate' with gate_bits=16")
         if part != "down" and isinstance(self.sizes, OnePlaneSizes):
-            return Planes(*map(torch.cat, zip(*map(encode_grid, stack))))
-        if self.plain:
-            bits = self.sizes.tiers[0][0]
-            return Planes(*map(torch.cat, zip(*(planes.encode_plain(own, bits) for own in stack))))
-        return Planes(*map(torch.cat, zip(*(planes.encode(own, self.sizes.base) for own in stack))))
+            encoded = map(encode_grid, stack)
+        elif self.plain:
+            encoded = (planes.encode_plain(own, self.sizes.tiers[0][0]) for own in stack)
+        else:
+            encoded = (planes.encode(own, self.sizes.base) for own in stack)
+        return Planes(*map(torch.cat, zip(*encoded)))
 
     def write(self, source: FFNWeights, partition: FFNPartition, mean: Tensor, rms: Tensor | None) -> None:
         """Sets what the prediction needs of a prompt: the up projection's root mean square, float32 ``[(E,) d_ff]``.

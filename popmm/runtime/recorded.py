@@ -87,7 +87,7 @@ class Recorded:
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         if written:
             self.program.append_torch(lambda: function(*args, **kwargs))
-        elif "empty" not in function.__name__:
+        else:
 
             def again() -> None:
                 found = function(*args, **kwargs)
@@ -139,8 +139,8 @@ class Recorded:
     # ---- once recorded
 
     def fits(self, args: tuple) -> bool:
-        """Whether all that is not copied lies where it lay."""
-        return [args[i].data_ptr() for i in self._stay] == self._places
+        """Whether all that is not copied lies where it lay, and numbers are the same."""
+        return [args[i].data_ptr() for i in self._stay] == self._places and self.counts_as(args)
 
     def counts_as(self, args: tuple) -> bool:
         """Whether numbers among the inputs are those that it was recorded with."""
@@ -161,8 +161,9 @@ class Recorded:
             _memory(args[i]).copy_(own)
 
     def _returned(self, args: tuple) -> Any:
-        kinds = {"value": lambda own: own, "input": lambda i: args[i], "made": lambda own: own.clone()}
-        return self._kind(kinds[kind](own) for kind, own in self._results)
+        return self._kind(
+            args[own] if kind == "input" else own.clone() if kind == "made" else own for kind, own in self._results
+        )
 
 
 def equal(results: Sequence, others: Sequence) -> bool:

@@ -6,19 +6,17 @@ checks drafts always reads the same number of tokens.
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from popmm import compat
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.guards import WARM, held_after
-from popmm.runtime.replay import replaying
+from popmm.runtime.replay import compile_apart
 
 
 def _step(model: nn.Module, inputs: dict[str, Any]):
@@ -67,8 +65,5 @@ class Steps:
         """The pass in one graph, so that none of its parts is compiled later than others."""
         forms = self.drafts.forms
         if form not in forms:
-            name = "_".join(map(str, form))
-            code = types.FunctionType(_step.__code__.replace(co_name=name), globals(), name)
-            settings = replaying(compat.compile_settings(self.compile_config), self.model.device)
-            forms[form] = torch.compile(code, **settings)
+            forms[form] = compile_apart(_step, compat.compile_settings(self.compile_config), self.model.device)
         return forms[form]

@@ -6,10 +6,7 @@ transparent.
 
 from __future__ import annotations
 
-import builtins
 import functools
-import itertools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +31,7 @@ from popmm.runtime.calls import Arguments, input_shape
 from popmm.runtime.drafts import Drafts
 from popmm.runtime.experts_interface import check_switched
 from popmm.runtime.guards import held_after
-from popmm.runtime.replay import replaying
+from popmm.runtime.replay import compile_apart
 from popmm.runtime.runner import Runner
 
 
@@ -180,7 +177,7 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
         if settings is not None:
             key = repr(settings)
             if key not in own:
-                own[key] = compiled_call(model, **replaying(settings, model.device))
+                own[key] = _compiled_call(model, settings)
             step = own[key]
 
         def counted(*args, **kwargs):
@@ -208,18 +205,11 @@ def compiled(get_compiled_call: Callable, runner: Runner) -> Callable:
     return get_counted_call
 
 
-_calls = itertools.count()
-
-
-def compiled_call(model: nn.Module, **settings) -> Callable:
-    """A model's call, compiled by ``torch.compile`` with these settings, as a function of its own."""
-
+def _compiled_call(model: nn.Module, settings: dict[str, Any]) -> Callable:
     def call(args: tuple, kwargs: dict[str, Any]):
         return model(*args, **kwargs)
 
-    code = call.__code__.replace(co_name=f"call_{next(_calls)}")
-    names = {"__builtins__": builtins, "__name__": __name__}  # the compiler keeps its code among a function's globals
-    compiled = torch.compile(types.FunctionType(code, names, code.co_name, closure=call.__closure__), **settings)
+    compiled = compile_apart(call, settings, model.device)
     return lambda *args, **kwargs: compiled(args, kwargs)
 
 
