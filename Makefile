@@ -10,7 +10,7 @@ CORE := tests/test_promises.py tests/runtime/test_replay.py tests/runtime/test_m
 # the lower bounds of pyproject.toml, as versions to install
 OLDEST := $(shell sed -nE 's/^.*"(torch|transformers)>=([0-9.]+)".*$$/\1==\2.*/p; s/^.*"(torchvision)>=([0-9.]+)".*$$/\1==\2.*/p' pyproject.toml)
 
-.PHONY: demo test test-all test-newest test-oldest test-core test-vllm lint format lock build clean
+.PHONY: demo test test-all test-newest test-oldest test-core test-core-newest test-core-oldest test-vllm lint format lock build clean
 
 demo: $(VENV)/.installed  ## pruned stories from the bundled model, against dense
 	$(BIN)/popmm demo
@@ -27,8 +27,12 @@ test-newest: .venv-newest/.installed  ## the suite on the newest versions of eve
 test-oldest: .venv-oldest/.installed  ## the suite on the oldest torch and transformers that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest $(WORKERS) $(TESTS)
 
-test-core:  ## the core of the suite on the newest and the oldest versions
+test-core: test-core-newest test-core-oldest  ## the core of the suite on the newest and the oldest versions
+
+test-core-newest:
 	$(MAKE) test-newest TESTS="$(CORE)"
+
+test-core-oldest:
 	$(MAKE) test-oldest TESTS="$(CORE)"
 
 test-vllm: .venv-vllm/.installed  ## the plug-in for vLLM on the CPU, in an environment of its own (some minutes; nightly)
