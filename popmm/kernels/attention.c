@@ -1,4 +1,4 @@
-/* Attention of one query per head over a key-value cache, read where it lies; keys that the mask leaves out are not read. */
+/* Attention of a few queries per head over a key-value cache, read where it lies; keys that the mask leaves out are not read. */
 #include "common.h"
 #include "operators.h"
 
@@ -129,25 +129,27 @@ KNOWN void attend_head(const head *own, int narrow) {
 #endif
 }
 
-/* y[batch, heads, d_value] of q[batch, heads, d], float32; keys and values of `shared` heads each, float32 or bfloat16.
+/* y[batch, n, heads, d_value] of q[batch, heads, n, d], float32; keys and values of `shared` heads each, float32 or bfloat16.
  *
- * Strides, in elements: of k and v by batch, head and token. mask: NULL, or by batch, head and token with its strides, bytes
- * (kind 1: 0 leaves the token out) or float32 that is added (kind 2). work: batch * heads * tokens floats. A query whose
- * tokens are all left out gets zeros. */
-void attend(const float *q, const void *k, const void *v, int narrow, int64_t batch, int64_t heads, int64_t shared,
+ * Strides, in elements: of k and v by batch, head and token. mask: NULL, or by batch, head, query and token with its strides,
+ * bytes (kind 1: 0 leaves the token out) or float32 that is added (kind 2). work: batch * heads * n * tokens floats. A query
+ * whose tokens are all left out gets zeros. */
+void attend(const float *q, const void *k, const void *v, int narrow, int64_t batch, int64_t heads, int64_t shared, int64_t n,
             int64_t tokens, int64_t d, int64_t d_value, const int64_t *k_strides, const int64_t *v_strides, const void *mask,
             int mask_kind, const int64_t *mask_strides, float scale, float *work, float *y, int threads) {
     const int64_t size = narrow ? 2 : 4, masked = mask_kind == 2 ? 4 : 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < batch * heads; i++) {
-        const int64_t b = i / heads, h = i % heads, of = h / (heads / shared);
+    for (int64_t i = 0; i < batch * heads * n; i++) {
+        const int64_t b = i / (heads * n), h = i / n % heads, t = i % n, of = h / (heads / shared);
+        const int64_t of_mask = b * mask_strides[0] + h * mask_strides[1] + t * mask_strides[2];
         const head own = {.q = q + i * d,
                           .k = (const char *)k + (b * k_strides[0] + of * k_strides[1]) * size,
                           .v = (const char *)v + (b * v_strides[0] + of * v_strides[1]) * size,
-                          .mask = mask ? (const char *)mask + (b * mask_strides[0] + h * mask_strides[1]) * masked : NULL,
+                          .mask = mask ? (const char *)mask + of_mask * masked : NULL,
                           .tokens = tokens, .d = d, .d_value = d_value,
-                          .k_step = k_strides[2], .v_step = v_strides[2], .m_step = mask_strides[2],
-                          .mask_kind = mask ? mask_kind : 0, .scale = scale, .score = work + i * tokens, .to = y + i * d_value};
+                          .k_step = k_strides[2], .v_step = v_strides[2], .m_step = mask_strides[3],
+                          .mask_kind = mask ? mask_kind : 0, .scale = scale, .score = work + i * tokens,
+                          .to = y + ((b * n + t) * heads + h) * d_value};
         if (narrow) attend_head(&own, 1);
         else attend_head(&own, 0);
     }

@@ -9,6 +9,9 @@
 #define ROWS 4 /* that go together, so that a vector is loaded once for all of them */
 #define MOST 8 /* vectors, whose sums stay in registers with those rows' */
 #define STEP 32
+#define BAND 32 /* rows that are gone through together, a strip of their columns at a time */
+#define STRIP 2048 /* columns: MOST vectors' numbers stay in the first-level cache; of fewer too, so that sums are the same */
+#define FAR (8 << 10) /* bytes from which on weights are fetched ahead */
 
 #ifdef __AVX512BF16__
 typedef __m512 lanes;
@@ -49,9 +52,11 @@ static inline void across(const lanes *a, int64_t step, float *out) {
 }
 #endif
 
-/* out[t, r] of rows r, r + 1, ... and n vectors; rows beyond the last are the last one again */
-static inline __attribute__((always_inline)) void block(const uint16_t *w, int64_t r, int64_t n_rows, int64_t d,
-                                                        const uint16_t *x, const int n, const float *bias, float *out) {
+/* out[t, r] of rows r, r + 1, ... and n vectors, of the columns from `from` on; rows beyond the last are the last one again.
+ * x: the vectors' numbers of these columns side by side, STEP of each. What lies `ahead` is fetched meanwhile. */
+static inline __attribute__((always_inline)) void block(const uint16_t *w, int64_t r, int64_t n_rows, int64_t d, int64_t from,
+                                                        int64_t to, int64_t ahead, const uint16_t *x, const int n,
+                                                        const float *bias, float *out) {
     lanes sum[ROWS][MOST];
     const uint16_t *row[ROWS];
     for (int i = 0; i < ROWS; i++) row[i] = w + (r + i < n_rows ? r + i : n_rows - 1) * d;
@@ -59,36 +64,47 @@ static inline __attribute__((always_inline)) void block(const uint16_t *w, int64
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
         for (int t = 0; t < n; t++) sum[i][t] = nothing();
-    for (int64_t j = 0; j < d; j += STEP) {
+    for (int64_t j = from; j < to; j += STEP) {
         piece own[ROWS];
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; i++) own[i] = piece_at(row[i] + j);
+        for (int i = 0; i < ROWS; i++) own[i] = piece_at(row[i] + j), __builtin_prefetch(row[i] + j + ahead);
 #pragma GCC unroll 8
         for (int t = 0; t < n; t++) {
-            const piece v = piece_at(x + t * d + j);
+            const piece v = piece_at(x + n * j + STEP * t);
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS; i++) sum[i][t] = SUM(sum[i][t], own[i], v);
         }
     }
     for (int t = 0; t < n; t++) {
-        float found[ROWS];
+        float found[ROWS], *y = out + t * n_rows + r;
         across(&sum[0][t], MOST, found);
-        for (int i = 0; i < ROWS && r + i < n_rows; i++) out[t * n_rows + r + i] = found[i] + (bias ? bias[r + i] : 0);
+        for (int i = 0; i < ROWS && r + i < n_rows; i++) y[i] = found[i] + (from ? y[i] : bias ? bias[r + i] : 0);
     }
 }
 
-#define OF(N)                                                  \
-    case N:                                                    \
-        block(w, r, n_rows, d, x + t * d, N, bias, out + t * n_rows); \
+#define OF(N)                                                                            \
+    case N:                                                                              \
+        block(w, r, n_rows, d, from, to, ahead, work + t * d, N, bias, out + t * n_rows); \
         break;
 
-/* out[n, n_rows] = x[n, d] by each row, and the bias; x in bfloat16 too, the sums in float32. d: a multiple of 32 */
-void few_linear(const uint16_t *w, int64_t n_rows, int64_t d, const uint16_t *x, int64_t n, const float *bias, float *out,
-                int threads) {
+/* out[n, n_rows] = x[n, d] by each row, and the bias; x in bfloat16 too, the sums in float32. d: a multiple of 32; work: as
+ * large as x */
+void few_linear(const uint16_t *w, int64_t n_rows, int64_t d, const uint16_t *x, int64_t n, const float *bias, uint16_t *work,
+                float *out, int threads) {
+    for (int64_t t = 0; t < n; t++) { /* to those that are taken together */
+        const int64_t first = t / MOST * MOST, m = n - first < MOST ? n - first : MOST;
+        uint16_t *const to = work + first * d + (t - first) * STEP;
+        for (int64_t j = 0; j < d; j += STEP) memcpy(to + m * j, x + t * d + j, STEP * sizeof *x);
+    }
+    const int64_t tile = ROWS * d, ahead = tile * ((FAR / 2 + tile - 1) / tile);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < n_rows; r += ROWS)
-        for (int64_t t = 0; t < n; t += MOST)
-            switch (n - t < MOST ? n - t : MOST) {
-                OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8)
-            }
+    for (int64_t band = 0; band < n_rows; band += BAND)
+        for (int64_t from = 0; from < d; from += STRIP)
+            for (int64_t r = band; r < band + BAND && r < n_rows; r += ROWS)
+                for (int64_t t = 0; t < n; t += MOST) {
+                    const int64_t to = from + STRIP < d ? from + STRIP : d;
+                    switch (n - t < MOST ? n - t : MOST) {
+                        OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8)
+                    }
+                }
 }

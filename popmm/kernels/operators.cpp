@@ -151,9 +151,11 @@ Tensor few_linear_op(const Tensor &x, const Tensor &weight, const std::optional<
     if (bias.has_value()) numbers = Numbers(*bias);
     return written(y, [x = Numbers(x), weight = Numbers(weight), bias = numbers, y, d] {
         thread_local std::vector<float> added, out;
+        thread_local std::vector<uint16_t> work;
+        work.resize(x.n);
         const float *own = bias.has_value() ? floats(*bias, added) : nullptr;
-        few_linear((const uint16_t *)weight.data, weight.n / d, d, (const uint16_t *)x.data, x.n / d, own, results(y, out),
-                   threads());
+        few_linear((const uint16_t *)weight.data, weight.n / d, d, (const uint16_t *)x.data, x.n / d, own, work.data(),
+                   results(y, out), threads());
         rounded(y, out);
     });
 }
@@ -191,22 +193,22 @@ Tensor tiers_ffn_op(const Tensor &x, const std::optional<Tensor> &first, const s
     });
 }
 
-/* q[batch, heads, 1, d] over k and v[batch, shared heads, tokens, d], the mask none or [1 or batch, 1 or heads, 1, tokens] of
- * bool or of the dtype of q; to [batch, 1, heads, d], in that dtype */
+/* q[batch, heads, n, d] over k and v[batch, shared heads, tokens, d], the mask none or [1 or batch, 1 or heads, n, tokens] of
+ * bool or of the dtype of q; to [batch, n, heads, d], in that dtype */
 Tensor attend_op(const Tensor &q, const Tensor &k, const Tensor &v, const std::optional<Tensor> &mask, double scale) {
-    const int64_t batch = q.size(0), heads = q.size(1), d = q.size(3), shared = k.size(1), tokens = k.size(2);
+    const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2), d = q.size(3), shared = k.size(1), tokens = k.size(2);
     const bool narrow = k.scalar_type() == ScalarType::BFloat16;
-    const bool fits = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(2) == 1 && k.size(0) == batch && k.size(3) == d &&
+    const bool fits = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == batch && k.size(3) == d &&
                       v.size(0) == batch && v.size(1) == shared && v.size(2) == tokens && shared > 0 && heads % shared == 0 &&
                       (narrow || k.scalar_type() == ScalarType::Float) && v.scalar_type() == k.scalar_type() &&
                       k.stride(3) == 1 && v.stride(3) == 1;
     STD_TORCH_CHECK(fits, "popmm: these queries, keys and values do not go together");
     if (mask.has_value()) {
-        const bool covers = mask->dim() == 4 && mask->size(3) == tokens && mask->size(2) == 1 &&
+        const bool covers = mask->dim() == 4 && mask->size(3) == tokens && mask->size(2) == n &&
                             (mask->size(0) == 1 || mask->size(0) == batch) && (mask->size(1) == 1 || mask->size(1) == heads);
         STD_TORCH_CHECK(covers, "popmm: this mask is not of these keys");
     }
-    const Tensor y = torch::stable::new_empty(q, std::vector<int64_t>{batch, 1, heads, v.size(3)});
+    const Tensor y = torch::stable::new_empty(q, std::vector<int64_t>{batch, n, heads, v.size(3)});
     struct Side {
         const void *data;
         int64_t d, strides[3];
@@ -216,21 +218,20 @@ Tensor attend_op(const Tensor &q, const Tensor &k, const Tensor &v, const std::o
         const void *data = nullptr;
         int kind = 0; /* 1: bool, 2: added */
         std::optional<Numbers> numbers;
-        int64_t strides[3] = {0, 0, 0};
+        int64_t strides[4] = {0, 0, 0, 0};
     } own;
     if (mask.has_value()) {
-        for (int i = 0; i < 2; i++) own.strides[i] = mask->size(i) > 1 ? mask->stride(i) : 0;
-        own.strides[2] = mask->stride(3);
+        for (int i = 0; i < 4; i++) own.strides[i] = mask->size(i) > 1 || i == 3 ? mask->stride(i) : 0;
         own.kind = mask->scalar_type() == ScalarType::Bool ? 1 : 2;
         own.data = mask->const_data_ptr();
         if (own.kind == 2) own.numbers = Numbers(*mask);
     }
-    return written(y, [q = Numbers(q), k = Side(k), v = Side(v), mask = own, y, scale, batch, heads, shared, tokens, narrow] {
+    return written(y, [q = Numbers(q), k = Side(k), v = Side(v), mask = own, y, scale, batch, heads, shared, n, tokens, narrow] {
         thread_local std::vector<float> in, out, work, added;
-        work.resize(batch * heads * tokens);
+        work.resize(batch * heads * n * tokens);
         const void *const masked = mask.kind == 2 ? floats(*mask.numbers, added) : mask.data;
-        attend(floats(q, in), k.data, v.data, narrow, batch, heads, shared, tokens, k.d, v.d, k.strides, v.strides, masked, mask.kind,
-               mask.strides, (float)scale, work.data(), results(y, out), threads());
+        attend(floats(q, in), k.data, v.data, narrow, batch, heads, shared, n, tokens, k.d, v.d, k.strides, v.strides, masked,
+               mask.kind, mask.strides, (float)scale, work.data(), results(y, out), threads());
         rounded(y, out);
     });
 }

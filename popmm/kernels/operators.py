@@ -23,7 +23,7 @@ def available() -> bool:
     fakes = {
         "planes_linear": lambda x, handles: x.new_empty(*x.shape[:-1], sum(_sizes[int(handle)] for handle in handles)),
         "few_linear": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
-        "attend": lambda q, k, v, mask, scale: q.new_empty(q.shape[0], 1, q.shape[1], v.shape[-1]),
+        "attend": lambda q, k, v, mask, scale: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]),
         "tiers_ffn": lambda x, first, votes, wide, handle: x.new_empty(
             x.shape, dtype=torch.float32 if wide else x.dtype
         ),
@@ -71,13 +71,13 @@ def tiers_ffn(x: Tensor, first: Tensor | None, votes: Tensor | None, wide: bool,
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of one query per head, ``[batch, heads, 1, d]``, over keys and values ``[batch, shared, tokens, d]``.
+    """Attention of n queries per head, ``[batch, heads, n, d]``, over keys and values ``[batch, shared, tokens, d]``.
 
     Args:
-        mask: ``[1 or batch, 1 or heads, 1, tokens]``, bool (False leaves a token out, which is not read) or floating
+        mask: ``[1 or batch, 1 or heads, n, tokens]``, bool (False leaves a token out, which is not read) or floating
             point, which is added; None = all tokens.
 
     Returns:
-        ``[batch, 1, heads, d]`` in the dtype of q.
+        ``[batch, n, heads, d]`` in the dtype of q.
     """
     return torch.ops.popmm_native.attend(q.contiguous(), k, v, mask, scale)

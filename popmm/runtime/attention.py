@@ -14,6 +14,7 @@ from popmm import kernels
 from popmm.adapters.forms import is_mixer
 from popmm.compat import ATTENTION, attention_of, register_attention
 from popmm.kernels import operators
+from popmm.runtime.few import FEW_TOKENS
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
 from popmm.runtime.rest import SMALL_BATCH
@@ -34,28 +35,33 @@ def _forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: one token per sequence by our kernel, all else as before."""
-    phase = module.__dict__.get(PHASE)
-    if phase is not None and phase.lossless and not phase.decoding:  # only drafts are free to round otherwise
-        return _before(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    """transformers' attention interface: one token per sequence by our kernel, all else as before.
+
+    With ``lossless`` the tokens of a check too; prompts, and what is not in bfloat16, round as the model does.
+    """
+    phase, most = module.__dict__.get(PHASE), 1
+    if phase is not None and phase.lossless and not phase.decoding:
+        most = FEW_TOKENS if phase.checking and not phase.released and query.dtype == torch.bfloat16 else 0
     plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux")) and not dropout
-    if plain and _serves(query, key, value, attention_mask):
+    if plain and _serves(query, key, value, attention_mask, most):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         return operators.attend(query, key, value, attention_mask, scale), None
     before = (attention_mask, dropout, scaling, is_causal)
     return _before(module, query, key, value, *before, **kwargs)
 
 
-def _serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    heads, shared = query.shape[1], key.shape[1]
+def _serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, most: int) -> bool:
+    """Whether the kernel takes these, and no more than ``most`` tokens, of which several have a mask."""
+    heads, shared, n = query.shape[1], key.shape[1], query.shape[2]
     alike = query.is_cpu and query.shape[0] == key.shape[0] == value.shape[0] and heads % shared == 0
     alike = alike and query.dtype in _DTYPES and key.dtype == value.dtype == query.dtype
-    alike = alike and query.shape[2] == 1 and query.shape[0] <= SMALL_BATCH and key.stride(-1) == value.stride(-1) == 1
-    plain = mask is None or (
-        mask.ndim == 4
+    alike = alike and n <= most and query.shape[0] <= SMALL_BATCH and key.stride(-1) == value.stride(-1) == 1
+    plain = (mask is None and n == 1) or (
+        mask is not None
+        and mask.ndim == 4
         and mask.shape[0] in (1, query.shape[0])
         and mask.shape[1] in (1, heads)
-        and mask.shape[2:] == (1, key.shape[2])
+        and mask.shape[2:] == (n, key.shape[2])
         and (mask.dtype == torch.bool or mask.is_contiguous())
     )
     return alike and plain and not kernels.needs_gradient(query, key, value)

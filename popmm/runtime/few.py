@@ -1,4 +1,4 @@
-"""What checks a draft reads a few tokens with all weights: linear layers in bfloat16 on the CPU by our kernel.
+"""Linear layers that a few tokens read as they are, in bfloat16 on the CPU, by our kernel: in steps, and checks of drafts.
 
 torch's product of so few tokens takes the weights at a third of the memory's speed.
 """
@@ -15,17 +15,18 @@ from popmm.kernels import operators
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
 
-FEW_TOKENS = 17  # the widest pass that checks a draft
+FEW_TOKENS = 17  # the widest pass that checks a draft, and the largest batch
 FEW_ROWS = 16  # of a layer that is not worth it
 
 
 def few_tokens(module: nn.Linear, phase: Phase) -> Callable[[Tensor], Tensor]:
-    """A linear layer's forward, by the kernel where a draft is checked."""
+    """A linear layer's forward, by the kernel in decode steps and where a draft is checked."""
     own = module.forward
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
-        fits = phase.checking and not phase.released and x.dtype == weight.dtype == torch.bfloat16 and x.is_cpu
+        fits = (phase.step or phase.checking) and not (phase.released or phase.simulating)
+        fits = fits and x.dtype == weight.dtype == torch.bfloat16 and x.is_cpu
         fits = fits and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
         if not fits or x.numel() > FEW_TOKENS * x.shape[-1] or kernels.needs_gradient(x):
             return own(x)

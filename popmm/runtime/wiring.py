@@ -64,12 +64,11 @@ def wire(
     overrides = [Override(model, name, ours) for name, ours in around]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
     overrides += [override for layer in rest for override in layer.overrides()]
-    if drafts is not None:
-        taken = {id(layer.module) for layer in rest}
-        few = few_overrides(model, decoder, runner.phase)
-        overrides += [override for override in few if id(override.module) not in taken]
+    few = list(few_overrides(model, decoder, runner.phase)) if runner.partitions.prunes else []
+    taken = {id(layer.module) for layer in rest}
+    overrides += [override for override in few if id(override.module) not in taken]
     # continuous batching sets an attention of its own
-    overrides += attention_overrides(decoder, runner.phase) if rest and not runner.stateless else []
+    overrides += attention_overrides(decoder, runner.phase) if (rest or few) and not runner.stateless else []
     overrides += [] if freed is None else freed.overrides()
     hooks, notes = [Hook(ffn.down, ffn.prune) for ffn in tower], []
     experts = [ffn for ffn in ffns if ffn.site.is_experts and ffn.site.routing is None]

@@ -1,4 +1,4 @@
-"""A linear layer of a few vectors, each weight read once: what checks a draft."""
+"""A linear layer of a few vectors, each weight read once: what decode steps and checks of drafts read as it is."""
 
 import pytest
 import tiny
@@ -11,13 +11,14 @@ from popmm.kernels import operators
 from popmm.runtime.few import FEW_TOKENS, served
 
 pytestmark = pytest.mark.skipif(not operators.available(), reason="no C++ compiler")
+LOGITS = dict(return_dict_in_generate=True, output_logits=True)
 
 
 def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-@pytest.mark.parametrize("n_rows, d", [(1, 32), (3, 64), (16, 96), (67, 576), (130, 1536)])
+@pytest.mark.parametrize("n_rows, d", [(1, 32), (3, 64), (16, 96), (67, 576), (130, 1536), (37, 4128)])
 @pytest.mark.parametrize("n", [*range(1, 10), FEW_TOKENS])
 def test_products_are_those_of_float32_rounded_once(n_rows, d, n):
     weight, bias, x = drawn(n_rows, d), drawn(n_rows, seed=1), drawn(n, d, seed=2)
@@ -29,9 +30,10 @@ def test_products_are_those_of_float32_rounded_once(n_rows, d, n):
     assert torch.equal(operators.few_linear(x.view(1, n, d), weight, None)[0], operators.few_linear(x, weight, None))
 
 
-def test_a_token_does_not_depend_on_those_beside_it():
+@pytest.mark.parametrize("d", [128, 4128])
+def test_a_token_does_not_depend_on_those_beside_it(d):
     """One that checks alone and one among others choose alike."""
-    weight, x = drawn(96, 128), drawn(FEW_TOKENS, 128, seed=1)
+    weight, x = drawn(96, d), drawn(FEW_TOKENS, d, seed=1)
     together = operators.few_linear(x, weight, None)
     assert all(torch.equal(operators.few_linear(x[i : i + 1], weight, None)[0], together[i]) for i in range(len(x)))
 
@@ -71,3 +73,27 @@ def test_bfloat16_checks_by_the_kernel_and_prompts_by_torch(monkeypatch):
     before = len(calls)
     model.generate(tiny.prompt(9), max_new_tokens=8, do_sample=False)
     assert len(calls) == before
+
+
+@pytest.mark.parametrize("settings", [dict(bytes=0.3), dict(ffn_ratio=0.3, selection="mask")], ids=str)
+def test_steps_read_what_is_in_16_bits_by_the_kernel(monkeypatch, settings):
+    model, calls = tiny.dense("llama").to(torch.bfloat16), []
+    kernel = operators.few_linear
+    monkeypatch.setattr(
+        operators, "few_linear", lambda x, *rest: calls.append(x.shape[:-1].numel()) or kernel(x, *rest)
+    )
+    layers = 4 * len(model.model.layers) + 1  # attention's, and the output layer
+    with popmm.pruned(model, **settings):
+        model.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert calls == [1] * 3 * layers
+
+
+@pytest.mark.parametrize("settings", [dict(bytes=1), dict(ffn_ratio=0.0)], ids=str)
+def test_without_pruning_nothing_rounds_otherwise(monkeypatch, settings):
+    model = tiny.dense("llama").to(torch.bfloat16)
+    expected = model.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False, **LOGITS).logits
+    monkeypatch.setattr(operators, "few_linear", None)
+    monkeypatch.setattr(operators, "attend", None)
+    with popmm.pruned(model, **settings):
+        found = model.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False, **LOGITS).logits
+    assert all(map(torch.equal, found, expected))
