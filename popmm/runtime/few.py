@@ -1,4 +1,4 @@
-"""Linear layers that a few tokens read as they are, in bfloat16 on the CPU, by our kernel: in steps, and checks of drafts.
+"""Linear layers that a few tokens read as they are, in bfloat16 on the CPU, by our kernel: in steps and in checks.
 
 torch's product of so few tokens takes the weights at a third of the memory's speed.
 """
