@@ -18,6 +18,7 @@ typedef __m512 lanes;
 #define SUM(acc, w, x) _mm512_dpbf16_ps(acc, (__m512bh)(w), (__m512bh)(x))
 typedef __m512i piece;
 static inline piece piece_at(const uint16_t *from) { return _mm512_loadu_si512(from); }
+static inline piece end_at(const uint16_t *from, int64_t n) { return _mm512_maskz_loadu_epi16((1u << n) - 1, from); }
 static inline lanes nothing(void) { return _mm512_setzero_ps(); }
 /* the sums of four at once */
 static inline void across(const lanes *a, int64_t step, float *out) {
@@ -42,6 +43,11 @@ static inline half_lanes wide(const uint16_t *from) {
     return f;
 }
 static inline piece piece_at(const uint16_t *from) { return (piece){wide(from), wide(from + STEP / 2)}; }
+static inline piece end_at(const uint16_t *from, int64_t n) {
+    uint16_t all[STEP] = {0};
+    memcpy(all, from, n * sizeof *from);
+    return piece_at(all);
+}
 static inline lanes nothing(void) { return (lanes){0}; }
 static inline lanes SUM(lanes acc, piece w, piece x) { return acc + w.low * x.low + w.high * x.high; }
 static inline void across(const lanes *a, int64_t step, float *out) {
@@ -52,51 +58,71 @@ static inline void across(const lanes *a, int64_t step, float *out) {
 }
 #endif
 
+/* the sums of rows and n vectors, and of the columns from j on, all STEP or the first `some` of them */
+static inline __attribute__((always_inline)) void add(lanes sum[ROWS][MOST], const uint16_t *const *row, int64_t j, int64_t some,
+                                                      int64_t ahead, const uint16_t *x, const int n) {
+    piece own[ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+        own[i] = some < STEP ? end_at(row[i] + j, some) : piece_at(row[i] + j);
+        __builtin_prefetch(row[i] + j + ahead);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < n; t++) {
+        const piece v = piece_at(x + n * j + STEP * t);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; i++) sum[i][t] = SUM(sum[i][t], own[i], v);
+    }
+}
+
+typedef struct {
+    const uint16_t *w;
+    int64_t n_rows, stride, ahead; /* numbers between rows, and to what is fetched meanwhile */
+    const float *bias;
+} matrix;
+
 /* out[t, r] of rows r, r + 1, ... and n vectors, of the columns from `from` on; rows beyond the last are the last one again.
- * x: the vectors' numbers of these columns side by side, STEP of each. What lies `ahead` is fetched meanwhile. */
-static inline __attribute__((always_inline)) void block(const uint16_t *w, int64_t r, int64_t n_rows, int64_t d, int64_t from,
-                                                        int64_t to, int64_t ahead, const uint16_t *x, const int n,
-                                                        const float *bias, float *out) {
+ * x: the vectors' numbers of these columns side by side, STEP of each */
+static inline __attribute__((always_inline)) void block(const matrix *all, int64_t r, int64_t from, int64_t to, const uint16_t *x,
+                                                        const int n, float *out) {
     lanes sum[ROWS][MOST];
     const uint16_t *row[ROWS];
-    for (int i = 0; i < ROWS; i++) row[i] = w + (r + i < n_rows ? r + i : n_rows - 1) * d;
+    for (int i = 0; i < ROWS; i++) row[i] = all->w + (r + i < all->n_rows ? r + i : all->n_rows - 1) * all->stride;
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
         for (int t = 0; t < n; t++) sum[i][t] = nothing();
-    for (int64_t j = from; j < to; j += STEP) {
-        piece own[ROWS];
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; i++) own[i] = piece_at(row[i] + j), __builtin_prefetch(row[i] + j + ahead);
-#pragma GCC unroll 8
-        for (int t = 0; t < n; t++) {
-            const piece v = piece_at(x + n * j + STEP * t);
-#pragma GCC unroll 4
-            for (int i = 0; i < ROWS; i++) sum[i][t] = SUM(sum[i][t], own[i], v);
-        }
-    }
+    int64_t j = from;
+    for (; j + STEP <= to; j += STEP) add(sum, row, j, STEP, all->ahead, x, n);
+    if (j < to) add(sum, row, j, to - j, all->ahead, x, n);
     for (int t = 0; t < n; t++) {
-        float found[ROWS], *y = out + t * n_rows + r;
+        float found[ROWS], *y = out + t * all->n_rows + r;
         across(&sum[0][t], MOST, found);
-        for (int i = 0; i < ROWS && r + i < n_rows; i++) y[i] = found[i] + (from ? y[i] : bias ? bias[r + i] : 0);
+        for (int i = 0; i < ROWS && r + i < all->n_rows; i++) y[i] = found[i] + (from ? y[i] : all->bias ? all->bias[r + i] : 0);
     }
 }
 
-#define OF(N)                                                                            \
-    case N:                                                                              \
-        block(w, r, n_rows, d, from, to, ahead, work + t * d, N, bias, out + t * n_rows); \
+#define OF(N)                                                          \
+    case N:                                                            \
+        block(&all, r, from, to, work + t * padded, N, out + t * n_rows); \
         break;
 
-/* out[n, n_rows] = x[n, d] by each row, and the bias; x in bfloat16 too, the sums in float32. d: a multiple of 32; work: as
- * large as x */
-void few_linear(const uint16_t *w, int64_t n_rows, int64_t d, const uint16_t *x, int64_t n, const float *bias, uint16_t *work,
-                float *out, int threads) {
+/* out[n, n_rows] = x[n, d] by each row, and the bias; x in bfloat16 too, the sums in float32. stride: from row to row, in
+ * numbers; work: as large as x, in rows of a multiple of 32 */
+void few_linear(const uint16_t *w, int64_t n_rows, int64_t stride, int64_t d, const uint16_t *x, int64_t n, const float *bias,
+                uint16_t *work, float *out, int threads) {
+    const int64_t padded = (d + STEP - 1) / STEP * STEP;
     for (int64_t t = 0; t < n; t++) { /* to those that are taken together */
         const int64_t first = t / MOST * MOST, m = n - first < MOST ? n - first : MOST;
-        uint16_t *const to = work + first * d + (t - first) * STEP;
-        for (int64_t j = 0; j < d; j += STEP) memcpy(to + m * j, x + t * d + j, STEP * sizeof *x);
+        uint16_t *const to = work + first * padded + (t - first) * STEP;
+        for (int64_t j = 0; j < d; j += STEP) {
+            const int64_t some = d - j < STEP ? d - j : STEP;
+            memcpy(to + m * j, x + t * d + j, some * sizeof *x);
+            memset(to + m * j + some, 0, (STEP - some) * sizeof *x);
+        }
     }
-    const int64_t tile = ROWS * d, ahead = tile * ((FAR / 2 + tile - 1) / tile);
+    const int64_t tile = ROWS * stride;
+    const matrix all = {w, n_rows, stride, tile * ((FAR / 2 + tile - 1) / tile), bias};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t band = 0; band < n_rows; band += BAND)
         for (int64_t from = 0; from < d; from += STRIP)

@@ -136,26 +136,26 @@ Tensor planes_linear_op(const Tensor &x, const std::vector<int64_t> &handles) {
     });
 }
 
-/* x[..., d] by a whole matrix [m, d] and a bias [m], all in bfloat16 */
+/* x[..., d] by a matrix [m, d] and a bias [m], all in bfloat16 */
 Tensor few_linear_op(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
     const int64_t dims = x.dim(), d = dims ? x.size(dims - 1) : 0;
-    bool fits = weight.dim() == 2 && weight.size(1) == d && d % 32 == 0 && d > 0 && weight.is_contiguous() && x.is_contiguous();
+    bool fits = weight.dim() == 2 && weight.size(1) == d && d > 0 && weight.stride(1) == 1 && x.is_contiguous();
     for (const Tensor *own : {&x, &weight, bias.has_value() ? &*bias : &x})
         fits = fits && own->scalar_type() == ScalarType::BFloat16;
     fits = fits && (!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous()));
-    STD_TORCH_CHECK(fits, "popmm: few_linear takes bfloat16 tensors in one piece, in rows of a multiple of 32 numbers");
+    STD_TORCH_CHECK(fits, "popmm: few_linear takes bfloat16 tensors whose rows lie in one piece");
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = weight.size(0);
     const Tensor y = torch::stable::new_empty(x, shape);
     std::optional<Numbers> numbers;
     if (bias.has_value()) numbers = Numbers(*bias);
-    return written(y, [x = Numbers(x), weight = Numbers(weight), bias = numbers, y, d] {
+    const auto *const rows = (const uint16_t *)weight.const_data_ptr();
+    return written(y, [x = Numbers(x), rows, m = weight.size(0), stride = weight.stride(0), bias = numbers, y, d] {
         thread_local std::vector<float> added, out;
         thread_local std::vector<uint16_t> work;
-        work.resize(x.n);
+        work.resize(x.n / d * (d + 31));
         const float *own = bias.has_value() ? floats(*bias, added) : nullptr;
-        few_linear((const uint16_t *)weight.data, weight.n / d, d, (const uint16_t *)x.data, x.n / d, own, work.data(),
-                   results(y, out), threads());
+        few_linear(rows, m, stride, d, (const uint16_t *)x.data, x.n / d, own, work.data(), results(y, out), threads());
         rounded(y, out);
     });
 }

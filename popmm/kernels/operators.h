@@ -22,8 +22,8 @@ int64_t tiers_ffn(const void *const *gate, const void *const *up, const void *co
 void attend(const float *q, const void *k, const void *v, int narrow, int64_t batch, int64_t heads, int64_t shared, int64_t n,
             int64_t tokens, int64_t d, int64_t d_value, const int64_t *k_strides, const int64_t *v_strides, const void *mask,
             int mask_kind, const int64_t *mask_strides, float scale, float *work, float *y, int threads);
-void few_linear(const uint16_t *w, int64_t n_rows, int64_t d, const uint16_t *x, int64_t n, const float *bias, uint16_t *work,
-                float *out, int threads);
+void few_linear(const uint16_t *w, int64_t n_rows, int64_t stride, int64_t d, const uint16_t *x, int64_t n, const float *bias,
+                uint16_t *work, float *out, int threads);
 
 #ifdef __cplusplus
 }

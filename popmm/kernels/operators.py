@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sequence
 
@@ -13,13 +12,20 @@ from popmm.kernels.build import operators as _library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that they take
 _sizes: dict[int, int] = {}  # rows of each linear layer, by handle
+_available: bool | None = None  # not known yet; compiled code asks too, and could not ask a cached function
 
 
-@functools.cache
 def available() -> bool:
     """Whether the operators could be built; tells the compiler what shapes come out."""
-    if _library() is None:
-        return False
+    global _available
+    if _available is None:
+        _available = _library() is not None
+        if _available:
+            _tell_shapes()
+    return _available
+
+
+def _tell_shapes() -> None:
     fakes = {
         "planes_linear": lambda x, handles: x.new_empty(*x.shape[:-1], sum(_sizes[int(handle)] for handle in handles)),
         "few_linear": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
@@ -30,7 +36,6 @@ def available() -> bool:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"popmm_native::{name}", fake)
-    return True
 
 
 def linear(owner: object, arguments: Sequence, n_rows: int) -> int:
@@ -60,10 +65,11 @@ def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.popmm_native.few_linear(x.contiguous(), weight, bias)
 
 
-def serves_few(weight: Tensor) -> bool:
+def serves_few(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``few_linear`` takes these weights."""
     fits = weight.is_cpu and weight.dtype == torch.bfloat16 and weight.layout is torch.strided
-    return fits and weight.ndim == 2 and weight.shape[1] % 32 == 0 and weight.is_contiguous() and available()
+    fits = fits and weight.ndim == 2 and weight.stride(1) == 1 and 0 < weight.shape[1] <= weight.stride(0)
+    return fits and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous())) and available()
 
 
 def tiers_ffn(x: Tensor, first: Tensor | None, votes: Tensor | None, wide: bool, handle: int) -> Tensor:

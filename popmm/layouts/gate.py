@@ -160,7 +160,7 @@ class GateLayout(ChannelsStay):
             d_ff, group = self.sizes.d_ff, group_of(x.shape[1])
             g = kernels.quantised_dot(*self.gate, x, self.bits, group, block, d_ff)
         elif experts is None:
-            g = F.linear(x, self.gate)
+            g = kernels.linear(x, self.gate)
         else:
             g = expert_linear(x, self.gate, experts)
         return g if bias is None else g + bias

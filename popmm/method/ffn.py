@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from popmm import kernels
-from popmm.kernels.precision import output_dtype
 
 
 class FFNWeights(NamedTuple):
@@ -55,10 +54,13 @@ class FFNWeights(NamedTuple):
 Combine = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def hidden(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:
-    """Channel activations h ``[..., d_ff]`` of tokens x ``[..., d_model]``."""
-    gate = F.linear(x, weights.gate, weights.gate_bias)
-    return combine(gate, up_values(x, weights))
+def hidden(x: Tensor, weights: FFNWeights, combine: Combine, linear: Callable = F.linear) -> Tensor:
+    """Channel activations h ``[..., d_ff]`` of tokens x ``[..., d_model]``.
+
+    Args:
+        linear: ``F.linear``, or a decode step's (``kernels.linear``).
+    """
+    return combine(linear(x, weights.gate, weights.gate_bias), up_values(x, weights, linear))
 
 
 def hollow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -66,21 +68,14 @@ def hollow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device).expand(shape)
 
 
-def up_values(x: Tensor, weights: FFNWeights) -> Tensor | None:
+def up_values(x: Tensor, weights: FFNWeights, linear: Callable = F.linear) -> Tensor | None:
     """The up projection ``[..., d_ff]`` in the dtype of x, None without a gate."""
-    return None if weights.up is None else F.linear(x, weights.up.to(x.dtype), weights.up_bias)
+    return None if weights.up is None else linear(x, weights.up.to(x.dtype), weights.up_bias)
 
 
-def project_down(h: Tensor, weights: FFNWeights) -> Tensor:
+def project_down(h: Tensor, weights: FFNWeights, linear: Callable = F.linear) -> Tensor:
     """h ``[..., d_ff]`` to y ``[..., d_model]``."""
-    down, bias = weights.down, weights.down_bias
-    one = h.device.type == "cpu" and h.numel() == h.shape[-1] and not torch.compiler.is_compiling()
-    if one and down.element_size() == 2 and not down.is_contiguous() and kernels.reads_blocks(down):
-        # torch reads 16-bit slices of columns at half the bandwidth
-        block = torch.zeros(1, dtype=torch.int64, device="cpu")
-        y = kernels.block_dot(down.unsqueeze(0), h.reshape(1, -1), block).view(*h.shape[:-1], -1).to(output_dtype(down))
-        return y if bias is None else y + bias
-    return F.linear(h, down, bias)
+    return linear(h, weights.down, weights.down_bias)
 
 
 def ffn(x: Tensor, weights: FFNWeights, combine: Combine) -> Tensor:

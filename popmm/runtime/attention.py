@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from popmm import kernels
 from popmm.adapters.forms import is_mixer
 from popmm.compat import ATTENTION, attention_of, register_attention
-from popmm.kernels import operators
-from popmm.runtime.few import FEW_TOKENS
+from popmm.kernels import FEW_TOKENS, operators
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
 from popmm.runtime.rest import SMALL_BATCH

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from popmm import kernels
 from popmm.kernels.precision import output_dtype
 from popmm.method import ffn as arithmetic
 from popmm.method.modality import JointStatistics
@@ -113,12 +114,12 @@ class PrunedFFN(PrunedSite):
 
     def _decode_regions(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         layout, sizes = self.layout, self.sizes
-        h, passing = arithmetic.hidden(x, layout.padded, self.site.combine)[..., : sizes.read], None
+        h, passing = arithmetic.hidden(x, layout.padded, self.site.combine, kernels.linear)[..., : sizes.read], None
         if self.config.selection == "mask":
             score, norm = self.ranking.score, layout.down_norm
             passing = arithmetic.select(h, score, norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, layout.mean)
-        return arithmetic.project_down(h, layout.weights), passing
+        return arithmetic.project_down(h, layout.weights, kernels.linear), passing
 
     def observe(self, module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Pre-hook of the down projection: measures h of a prompt pass, and prunes it if so configured."""

@@ -1,13 +1,9 @@
-"""Linear layers that a few tokens read as they are, in bfloat16 on the CPU, by our kernel: in steps and in checks.
-
-torch's product of so few tokens takes the weights at a third of the memory's speed.
-"""
+"""Linear layers that a few tokens read as they are, in steps and in checks: on the CPU in bfloat16 by our kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from popmm import kernels
@@ -15,7 +11,6 @@ from popmm.kernels import operators
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
 
-FEW_TOKENS = 17  # the widest pass that checks a draft, and the largest batch
 FEW_ROWS = 16  # of a layer that is not worth it
 
 
@@ -24,13 +19,8 @@ def few_tokens(module: nn.Linear, phase: Phase) -> Callable[[Tensor], Tensor]:
     own = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
-        fits = (phase.step or phase.checking) and not (phase.released or phase.simulating)
-        fits = fits and x.dtype == weight.dtype == torch.bfloat16 and x.is_cpu
-        fits = fits and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
-        if not fits or x.numel() > FEW_TOKENS * x.shape[-1] or kernels.needs_gradient(x):
-            return own(x)
-        return operators.few_linear(x, weight.detach(), None if bias is None else bias.detach())
+        few = (phase.step or phase.checking) and not (phase.released or phase.simulating)
+        return kernels.linear(x, module.weight, module.bias) if few else own(x)
 
     return forward
 
@@ -52,10 +42,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 def served(module: nn.Module) -> bool:
     """Whether the kernel takes a module."""
-    if not is_plain(module):
-        return False
-    alike = module.bias is None or module.bias.dtype == module.weight.dtype
-    return alike and operators.serves_few(module.weight)
+    return is_plain(module) and operators.serves_few(module.weight, module.bias)
 
 
 def few_overrides(model: nn.Module, decoder: nn.Module, phase: Phase) -> Iterator[Override]:
