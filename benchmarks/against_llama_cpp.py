@@ -7,8 +7,9 @@
     python benchmarks/against_llama_cpp.py MODEL GGUF --llama-bench build/bin/llama-bench --text wiki.txt --json OUT
 
 Tokens per second: llama-bench's generation, and popmm through ``generate`` over a static cache, compiled, its sampling
-loop included. KL: to the 16-bit model per token, over passages that are decoded teacher-forced; llama.cpp's formats are
-read back by transformers, so their rounding of activations is not in it, and popmm's is not either.
+loop included; prompts are passages of the text, for drafts (``lossless``) hit by what is said. KL: to the 16-bit model
+per token, over passages that are decoded teacher-forced; llama.cpp's formats are read back by transformers, so their
+rounding of activations is not in it, and popmm's is not either.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 import popmm
 from popmm.cli.bench_rows import machine
@@ -39,6 +41,8 @@ from popmm.evaluation.texts import text_cases
 FORMATS = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 DENSE = {"16 bits, compiled": None, "int8 (torchao), compiled": Int8WeightOnlyConfig}  # torch's own ways
 SETTINGS = {
+    "lossless": dict(lossless=True),
+    "tiers 0.33 (default)": dict(bytes=0.33),
     "8 bits, rest 8": dict(weight_bits=8, rest_bits=8),
     "6 bits, rest 8": dict(weight_bits=6, rest_bits=8),
     "tiers 0.33, rest 8": dict(bytes=0.33, rest_bits=8),
@@ -49,28 +53,30 @@ SETTINGS = {
 PROMPT = 64  # tokens before those that are timed
 
 
-class Stopwatch:
-    """A logits processor that notes when each token is chosen."""
+class Stopwatch(BaseStreamer):
+    """Notes when each token is given out."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
-        return scores
+
+    def end(self) -> None:
+        pass
 
 
 class Ours:
     """A model in a process of its own, as users have it: compiled steps of several would be told apart at each step."""
 
-    def __init__(self, model: Path, name: str) -> None:
+    def __init__(self, model: Path, name: str, replay: float | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, far = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far, model, name), daemon=True)
+        self._process = context.Process(target=_serve, args=(far, model, name, replay), daemon=True)
         self._process.start()
 
-    def __call__(self, n_tokens: int) -> float:
-        self._pipe.send(n_tokens)
+    def __call__(self, prompt: list[int], n_tokens: int) -> float:
+        self._pipe.send((prompt, n_tokens))
         return self._pipe.recv()
 
 
@@ -83,24 +89,36 @@ def dense_model(folder: Path, dtype: torch.dtype, name: str):
 
 
 @torch.no_grad()
-def _serve(pipe, folder: Path, name: str) -> None:
+def _serve(pipe, folder: Path, name: str, replay: float | None) -> None:
     model = dense_model(folder, torch.bfloat16, name)
     model.generation_config.eos_token_id = None  # as llama-bench, which never ends early
     if name in SETTINGS:
-        popmm.attach(model, **SETTINGS[name])
+        state = popmm.attach(model, **SETTINGS[name])
+        if replay is not None and state.config.lossless:
+            state.replay_acceptance(replay)
     with contextlib.suppress(EOFError):  # done
         while True:
-            pipe.send(_tokens_per_second(model, pipe.recv(), name in DENSE))
+            pipe.send(_tokens_per_second(model, *pipe.recv(), name in DENSE))
 
 
-def _tokens_per_second(model, n_tokens: int, dense: bool) -> float:
+def _tokens_per_second(model, prompt: list[int], n_tokens: int, dense: bool) -> float:
     """Of one generation: all tokens after the first, by all the time that they took."""
-    ids, clock = torch.arange(PROMPT)[None] + 100, Stopwatch()
-    settings = dict(do_sample=False, cache_implementation="static", logits_processor=LogitsProcessorList([clock]))
+    ids, clock = torch.tensor([prompt]), Stopwatch()
+    settings = dict(do_sample=False, cache_implementation="static", streamer=clock)
     if dense:  # compiled too, as popmm has it done where it is attached
         settings["compile_config"] = compiled_anywhere(fullgraph=True, mode="default")
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, **settings)
-    return (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
+    first, last = clock.times[1], clock.times[-1]  # the prompt is given out before
+    return (len(clock.times) - 2) / (last - first)
+
+
+def prompts(args: argparse.Namespace) -> list[list[int]]:
+    """One for each round: passages of the text, or the same few tokens."""
+    if args.text is None:
+        return [list(range(100, 100 + PROMPT))] * (args.rounds + 1)
+    ids = AutoTokenizer.from_pretrained(args.model)(args.text.read_text(encoding="utf-8")[: 1 << 19]).input_ids
+    apart = len(ids) // (args.rounds + 1)
+    return [ids[i * apart : i * apart + PROMPT] for i in range(args.rounds + 1)]
 
 
 def theirs(bench: Path, file: Path, n_tokens: int) -> float:
@@ -139,33 +157,35 @@ def main() -> None:
     parser.add_argument(
         "--quality",
         type=Path,
-        help="JSON of an earlier run: KL and top-1 of the rows it has",
+        help="JSON of an earlier run: KL and top-1 of the rows it has, in place of measuring",
     )
     parser.add_argument("--passages", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5, help="of speed; 0 = quality alone")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument(
+        "--replay", type=float, help="random weights: rate at which a drafted token is taken to stand (lossless)"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     files = {name: next(iter(sorted(args.gguf.glob(f"*{name}.gguf"))), None) for name in FORMATS}
     files = {name: file for name, file in files.items() if file is not None}
     speeds: dict[str, list[float]] = {name: [] for name in (*files, *DENSE, *SETTINGS)}
-    ours, models = (*DENSE, *SETTINGS) if args.rounds else (), {}
+    ours, models, texts = (*DENSE, *SETTINGS) if args.rounds else (), {}, prompts(args)
     with progress() as bars:
         bar = bars.add_task("speed", total=len(ours) + args.rounds * len(speeds))
         for name in ours:
-            models[name] = Ours(args.model, name)
-            models[name](8)  # compiles
+            models[name] = Ours(args.model, name, args.replay)
+            models[name](texts[0], args.tokens)  # compiles
             bars.advance(bar)
-        for _ in range(args.rounds):
-            for name in speeds:
-                speeds[name].append(
-                    models[name](args.tokens) if name in models else theirs(args.llama_bench, files[name], args.tokens)
-                )
+        for text in texts[1:]:
+            for name, found in speeds.items():
+                own = models.get(name)
+                found.append(own(text, args.tokens) if own else theirs(args.llama_bench, files[name], args.tokens))
                 bars.advance(bar)
     owner = {**dict.fromkeys(files, "llama.cpp"), **dict.fromkeys(DENSE, "torch"), **dict.fromkeys(SETTINGS, "popmm")}
     rows = [{"name": name, "owner": owner[name], "tokens_per_second": s} for name, s in speeds.items()]
-    if args.text:
+    if args.text and not args.quality:
         measure(args, files, rows)
     elif args.quality:
         known = {row["name"]: row for row in json.loads(args.quality.read_text())["rows"]}
@@ -185,7 +205,8 @@ def measure(args: argparse.Namespace, files: dict[str, Path], rows: list[dict]) 
             name = row["name"]
             if name in SETTINGS:
                 with popmm.pruned(model, **SETTINGS[name]) as state:
-                    row["kl"], row["top1"] = quality(model, cases, reference, state.simulated_decode)
+                    around = nullcontext if state.config.lossless else state.simulated_decode
+                    row["kl"], row["top1"] = quality(model, cases, reference, around)
             else:
                 own = from_gguf(files[name]) if name in files else dense_model(args.model, torch.float32, name)
                 row["kl"], row["top1"] = quality(own, cases, reference, nullcontext)
@@ -200,7 +221,13 @@ def report(args: argparse.Namespace, rows: list[dict]) -> None:
         kl = f"{row['kl']:.4f} | {row['top1']:.1%}" if "kl" in row else "- | -"
         print(f"| {row['owner']} {row['name']} | {speed} | {kl} |")
     if args.json:
-        settings = {"model": args.model.name, "tokens": args.tokens, "passages": args.passages, "prompt": PROMPT}
+        settings = {
+            "model": args.model.name,
+            "tokens": args.tokens,
+            "passages": args.passages,
+            "prompt": PROMPT,
+            "replay": args.replay,
+        }
         args.json.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
     if args.plot and (args.text or args.quality):
         from popmm.evaluation.quality_plots import speed_figure
