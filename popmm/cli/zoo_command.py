@@ -35,11 +35,11 @@ def _list(args: argparse.Namespace) -> None:
         return
     for row in rows:
         missing = f"not yet here: popmm zoo get {row['name']} downloads {row['download'] / 1e6:.0f} MB"
-        print(f"zoo:{row['name']:14} {row['folder'] if row['there'] else missing} ({row['licence']})")
+        print(f"zoo:{row['name']:18} {row['folder'] if row['there'] else missing} ({row['licence']})")
 
 
 def _get(args: argparse.Namespace) -> None:
-    names, made = args.names or list(fetched.MODELS), []
+    names, made = args.names or list(fetched.SMALL), []
     models = {name: fetched.known(name) for name in names}  # a wrong name before any download
     from popmm.zoo.making import get
 

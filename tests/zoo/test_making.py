@@ -128,7 +128,10 @@ def test_the_command_shows_licence_and_folder(offline, tmp_path, capsys):
     assert said.out.strip() == str(chosen / "tiny") and "licence: Apache-2.0" in said.err
     assert f"POPMM_ZOO={chosen}" in said.err
     assert main(["zoo", "get", "tony"]) == 2
-    assert "no model is called 'tony': popmm zoo get makes smollm2-135m, gemma3-270m, tiny" in capsys.readouterr().err
+    assert (
+        "no model is called 'tony': popmm zoo get makes smollm2-135m, gemma3-270m, qwen2.5-coder-1.5b, tiny"
+        in capsys.readouterr().err
+    )
     assert main(["zoo", "list", "--folder", str(chosen)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("not yet here: popmm zoo get smollm2-135m downloads 93 MB (Apache-2.0)" in line for line in lines)
