@@ -13,6 +13,7 @@ from torch import Tensor
 from popmm.kernels import dispatch, native, operators, planes, twin
 from popmm.kernels.dispatch import ops
 from popmm.kernels.planes import Planes
+from popmm.kernels.precision import output_dtype
 from popmm.kernels.prepared import PlanesLinear, TiersFFN, together
 
 __all__ = [
@@ -49,13 +50,13 @@ FEW_TOKENS = 17  # up to which our kernel is faster: the widest pass that checks
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` in a decode step: of a few tokens in 16 bits on the CPU by our kernels.
+    """``F.linear`` in a decode step: of a few tokens in bfloat16 on the CPU by our kernel.
 
-    torch's product of so few tokens takes the weights at a third of the memory's speed. Ours sum in float32 and round
-    once, as torch's, in another order.
+    torch's product of so few tokens takes the weights at a third of the memory's speed. Ours sums in float32 and rounds
+    once, as torch's, in another order. In float16 one token by a slice of columns has a kernel too.
     """
-    few = x.is_cpu and x.dtype == weight.dtype and x.numel() <= FEW_TOKENS * x.shape[-1]
-    if not few or needs_gradient(x, weight):
+    few = x.is_cpu and x.dtype == weight.dtype == output_dtype(weight) and x.numel() <= FEW_TOKENS * x.shape[-1]
+    if not few or needs_gradient(x, weight, *(() if bias is None else (bias,))):
         return F.linear(x, weight, bias)
     if operators.serves_few(weight, bias):
         return operators.few_linear(x, weight.detach(), None if bias is None else bias.detach())

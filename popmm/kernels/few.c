@@ -1,4 +1,4 @@
-/* A whole matrix of bfloat16 by a few vectors, each weight read once: what checks a draft reads several tokens at once. */
+/* A matrix of bfloat16, or a slice of its columns, by a few vectors: each weight is read once for all of them. */
 #include "common.h"
 #include "operators.h"
 
@@ -9,9 +9,10 @@
 #define ROWS 4 /* that go together, so that a vector is loaded once for all of them */
 #define MOST 8 /* vectors, whose sums stay in registers with those rows' */
 #define STEP 32
-#define BAND 32 /* rows that are gone through together, a strip of their columns at a time */
-#define STRIP 2048 /* columns: MOST vectors' numbers stay in the first-level cache; of fewer too, so that sums are the same */
-#define FAR (8 << 10) /* bytes from which on weights are fetched ahead */
+#define STRIP 2048 /* columns, of which MOST vectors stay in the first-level cache; always so many, so that the order of a sum
+                      does not depend on the number of vectors */
+#define BAND 32    /* rows that are gone through together, a strip of their columns at a time */
+#define FAR 4096   /* numbers: weights are fetched at least so far ahead, by whole tiles of rows */
 
 #ifdef __AVX512BF16__
 typedef __m512 lanes;
@@ -77,7 +78,8 @@ static inline __attribute__((always_inline)) void add(lanes sum[ROWS][MOST], con
 
 typedef struct {
     const uint16_t *w;
-    int64_t n_rows, stride, ahead; /* numbers between rows, and to what is fetched meanwhile */
+    int64_t n_rows, stride; /* in numbers, from one row to the next */
+    int64_t ahead;          /* in numbers, from what is read to what is fetched meanwhile */
     const float *bias;
 } matrix;
 
@@ -114,19 +116,20 @@ void few_linear(const uint16_t *w, int64_t n_rows, int64_t stride, int64_t d, co
     const int64_t padded = (d + STEP - 1) / STEP * STEP;
     for (int64_t t = 0; t < n; t++) { /* to those that are taken together */
         const int64_t first = t / MOST * MOST, m = n - first < MOST ? n - first : MOST;
-        uint16_t *const to = work + first * padded + (t - first) * STEP;
+        uint16_t *const own = work + first * padded + (t - first) * STEP;
         for (int64_t j = 0; j < d; j += STEP) {
             const int64_t some = d - j < STEP ? d - j : STEP;
-            memcpy(to + m * j, x + t * d + j, some * sizeof *x);
-            memset(to + m * j + some, 0, (STEP - some) * sizeof *x);
+            memcpy(own + m * j, x + t * d + j, some * sizeof *x);
+            memset(own + m * j + some, 0, (STEP - some) * sizeof *x);
         }
     }
     const int64_t tile = ROWS * stride;
-    const matrix all = {w, n_rows, stride, tile * ((FAR / 2 + tile - 1) / tile), bias};
+    const int64_t rows = d > STRIP ? BAND : ROWS; /* fewer share better among threads */
+    const matrix all = {w, n_rows, stride, tile * ((FAR + tile - 1) / tile), bias};
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t band = 0; band < n_rows; band += BAND)
+    for (int64_t band = 0; band < n_rows; band += rows)
         for (int64_t from = 0; from < d; from += STRIP)
-            for (int64_t r = band; r < band + BAND && r < n_rows; r += ROWS)
+            for (int64_t r = band; r < band + rows && r < n_rows; r += ROWS)
                 for (int64_t t = 0; t < n; t += MOST) {
                     const int64_t to = from + STRIP < d ? from + STRIP : d;
                     switch (n - t < MOST ? n - t : MOST) {

@@ -139,11 +139,13 @@ Tensor planes_linear_op(const Tensor &x, const std::vector<int64_t> &handles) {
 /* x[..., d] by a matrix [m, d] and a bias [m], all in bfloat16 */
 Tensor few_linear_op(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
     const int64_t dims = x.dim(), d = dims ? x.size(dims - 1) : 0;
-    bool fits = weight.dim() == 2 && weight.size(1) == d && d > 0 && weight.stride(1) == 1 && x.is_contiguous();
+    bool fits = weight.dim() == 2 && weight.size(1) == d && d > 0 && weight.stride(1) == 1 && weight.stride(0) >= d &&
+                x.is_contiguous();
     for (const Tensor *own : {&x, &weight, bias.has_value() ? &*bias : &x})
         fits = fits && own->scalar_type() == ScalarType::BFloat16;
     fits = fits && (!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous()));
-    STD_TORCH_CHECK(fits, "popmm: few_linear takes bfloat16 tensors whose rows lie in one piece");
+    STD_TORCH_CHECK(fits, "popmm: few_linear takes bfloat16 vectors, and a matrix of rows of as many numbers (", d,
+                    "), each in one piece");
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = weight.size(0);
     const Tensor y = torch::stable::new_empty(x, shape);

@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from popmm.kernels.build import operators as _library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that they take
 _sizes: dict[int, int] = {}  # rows of each linear layer, by handle
-_available: bool | None = None  # not known yet; compiled code asks too, and could not ask a cached function
+_available: bool | None = None  # not known yet. ``attach`` asks first: compiled code that asks must find the answer
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def available() -> bool:
@@ -66,10 +67,14 @@ def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def serves_few(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``few_linear`` takes these weights."""
-    fits = weight.is_cpu and weight.dtype == torch.bfloat16 and weight.layout is torch.strided
-    fits = fits and weight.ndim == 2 and weight.stride(1) == 1 and 0 < weight.shape[1] <= weight.stride(0)
-    return fits and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous())) and available()
+    """Whether ``few_linear`` takes these weights: plain ones, for a quantised layer's compute something else."""
+    fits = type(weight) in _PLAIN and weight.is_cpu and weight.dtype == torch.bfloat16
+    fits = fits and weight.layout is torch.strided and weight.ndim == 2
+    fits = fits and weight.stride(1) == 1 and 0 < weight.shape[1] <= weight.stride(0)
+    if fits and bias is not None:
+        fits = type(bias) in _PLAIN and bias.dtype == weight.dtype and bias.shape == weight.shape[:1]
+        fits = fits and bias.is_contiguous()
+    return fits and available()
 
 
 def tiers_ffn(x: Tensor, first: Tensor | None, votes: Tensor | None, wide: bool, handle: int) -> Tensor:

@@ -34,15 +34,17 @@ def _forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: one token per sequence by our kernel, all else as before.
+    """transformers' attention interface: tokens of decode steps by our kernel, all else as before.
 
-    With ``lossless`` the tokens of a check too; prompts, and what is not in bfloat16, round as the model does.
+    With ``lossless`` in bfloat16 the tokens of a check too. Models that are not attached, but share the configuration
+    of one that is, attend as before.
     """
-    phase, most = module.__dict__.get(PHASE), 1
-    if phase is not None and phase.lossless and not phase.decoding:
-        most = FEW_TOKENS if phase.checking and not phase.released and query.dtype == torch.bfloat16 else 0
+    phase, most = module.__dict__.get(PHASE), 0
+    if phase is not None and not phase.released:
+        checks = phase.checking and phase.lossless and query.dtype == torch.bfloat16
+        most = 1 if phase.step else FEW_TOKENS if checks else 0
     plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux")) and not dropout
-    if plain and _serves(query, key, value, attention_mask, most):
+    if most and plain and _serves(query, key, value, attention_mask, most):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         return operators.attend(query, key, value, attention_mask, scale), None
     before = (attention_mask, dropout, scaling, is_causal)
@@ -79,10 +81,10 @@ def _asks_for_names(decoder: nn.Module) -> bool:
     return any(file.suffix == ".py" and _ASKS.search(file.read_text(encoding="utf-8")) for file in sources)
 
 
-def attention_overrides(decoder: nn.Module, phase: Phase | None = None) -> list[Override]:
+def attention_overrides(decoder: nn.Module, phase: Phase) -> list[Override]:
     """What makes a decoder's steps attend by our kernel; nothing where it cannot be built or another way is set."""
     config = getattr(decoder, "config", None)
     if attention_of(config) != INSTEAD_OF or not operators.available() or _asks_for_names(decoder):
         return []
     mixers = [Override(part, PHASE, phase) for part in decoder.modules() if is_mixer(part)]
-    return [Override(config, ATTENTION, NAME), *(mixers if phase is not None and phase.lossless else [])]
+    return [Override(config, ATTENTION, NAME), *mixers]

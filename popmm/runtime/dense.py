@@ -114,12 +114,13 @@ class PrunedFFN(PrunedSite):
 
     def _decode_regions(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         layout, sizes = self.layout, self.sizes
-        h, passing = arithmetic.hidden(x, layout.padded, self.site.combine, kernels.linear)[..., : sizes.read], None
+        linear = F.linear if self.phase.simulating else kernels.linear
+        h, passing = arithmetic.hidden(x, layout.padded, self.site.combine, linear)[..., : sizes.read], None
         if self.config.selection == "mask":
             score, norm = self.ranking.score, layout.down_norm
             passing = arithmetic.select(h, score, norm, sizes.retained, sizes.budget, self.choose)
             h = arithmetic.fill_in(h, passing, layout.mean)
-        return arithmetic.project_down(h, layout.weights, kernels.linear), passing
+        return arithmetic.project_down(h, layout.weights, linear), passing
 
     def observe(self, module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Pre-hook of the down projection: measures h of a prompt pass, and prunes it if so configured."""

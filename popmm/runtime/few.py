@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -14,15 +14,17 @@ from popmm.runtime.phase import Phase
 FEW_ROWS = 16  # of a layer that is not worth it
 
 
-def few_tokens(module: nn.Linear, phase: Phase) -> Callable[[Tensor], Tensor]:
-    """A linear layer's forward, by the kernel in decode steps and where a draft is checked."""
-    own = module.forward
+class FewTokens:
+    """A linear layer by the kernel, in decode steps and where a draft is checked."""
 
-    def forward(x: Tensor) -> Tensor:
-        few = (phase.step or phase.checking) and not (phase.released or phase.simulating)
-        return kernels.linear(x, module.weight, module.bias) if few else own(x)
+    def __init__(self, module: nn.Linear, phase: Phase) -> None:
+        self.module, self.phase, self._own = module, phase, module.forward
 
-    return forward
+    def forward(self, x: Tensor) -> Tensor:
+        """Stands in for the layer's forward."""
+        phase, module = self.phase, self.module
+        few = (phase.step or (phase.checking and phase.lossless)) and not (phase.released or phase.simulating)
+        return kernels.linear(x, module.weight, module.bias) if few else self._own(x)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -50,4 +52,4 @@ def few_overrides(model: nn.Module, decoder: nn.Module, phase: Phase) -> Iterato
     head = output_layer(model)
     found = {id(layer): layer for layer in (*decoder.modules(), *([] if head is None else [head]))}
     for layer in filter(served, found.values()):
-        yield Override(layer, "forward", few_tokens(layer, phase))
+        yield Override(layer, "forward", FewTokens(layer, phase).forward)

@@ -18,7 +18,7 @@ from popmm.kernels.twin import check_finite, group_of
 from popmm.method.ffn import identity
 from popmm.method.fingerprint import marks_of, same
 from popmm.method.tiers import row_bits
-from popmm.runtime.few import few_tokens, is_plain, output_layer, served
+from popmm.runtime.few import FewTokens, is_plain, output_layer, served
 from popmm.runtime.overrides import Override
 from popmm.runtime.phase import Phase
 
@@ -50,7 +50,7 @@ class RestLayer:
     def __init__(self, name: str, module: nn.Linear, bits: int, phase: Phase, mates: Mates) -> None:
         self.name, self.module, self.bits, self.phase, self.mates = name, module, bits, phase, mates
         self.followers: list[RestLayer] = []
-        self.dense_forward = few_tokens(module, phase) if phase.lossless and served(module) else module.forward
+        self.dense_forward = FewTokens(module, phase).forward if served(module) else module.forward
         self.planes: Planes | None = None
         self.encode()
 

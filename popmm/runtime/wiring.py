@@ -10,6 +10,7 @@ from torch import nn
 
 from popmm.adapters.vlm import Surroundings
 from popmm.compat import CACHE_LENGTH, COMPILED, EXTRACT, internal, keeping_arguments
+from popmm.kernels import operators
 from popmm.runtime.attachment import Attachment
 from popmm.runtime.attention import attention_overrides
 from popmm.runtime.caches import StaticCaches
@@ -64,6 +65,7 @@ def wire(
     overrides = [Override(model, name, ours) for name, ours in around]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
     overrides += [override for layer in rest for override in layer.overrides()]
+    operators.available()  # before anything is compiled
     few = list(few_overrides(model, decoder, runner.phase)) if runner.partitions.prunes else []
     taken = {id(layer.module) for layer in rest}
     overrides += [override for override in few if id(override.module) not in taken]

@@ -97,6 +97,7 @@ def off(output, expected):
             gap = float(logprobs[step, tokens[step]] - logprobs[step, own])
             assert gap < TIED, f"step {step}: {own} for {tokens[step]}, {gap:.3f} apart"
             break
+    assert max(found) < 5 * CLOSE, f"step {found.index(max(found))}: {max(found):.3f} off"
     return statistics.mean(found)
 
 

@@ -1,5 +1,10 @@
 """A linear layer of a few vectors, each weight read once: what decode steps and checks of drafts read as it is."""
 
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,10 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import popmm
+from popmm import kernels
 from popmm.kernels import FEW_TOKENS, operators
 from popmm.runtime.few import served
 
 pytestmark = pytest.mark.skipif(not operators.available(), reason="no C++ compiler")
+NEXT = torch.tensor([[5]])
 LOGITS = dict(return_dict_in_generate=True, output_logits=True)
 
 
@@ -81,7 +88,15 @@ def test_bfloat16_checks_by_the_kernel_and_prompts_by_torch(monkeypatch):
     assert len(calls) == before
 
 
-@pytest.mark.parametrize("settings, of_ffn", [(dict(bytes=0.3), 0), (dict(ffn_ratio=0.3, selection="mask"), 3)])
+@pytest.mark.parametrize(
+    "settings, of_ffn",
+    [
+        (dict(bytes=0.3), 0),
+        (dict(ffn_ratio=0.3, selection="mask"), 3),
+        (dict(ffn_ratio=0.3, selection="keep"), 3),
+        (dict(ffn_ratio=0.3, selection="gate", gate_bits=16), 1),
+    ],
+)
 def test_steps_read_what_is_in_16_bits_by_the_kernel(monkeypatch, settings, of_ffn):
     model, calls = tiny.dense("llama").to(torch.bfloat16), []
     kernel = operators.few_linear
@@ -103,3 +118,78 @@ def test_without_pruning_nothing_rounds_otherwise(monkeypatch, settings):
     with popmm.pruned(model, **settings):
         found = model.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False, **LOGITS).logits
     assert all(map(torch.equal, found, expected))
+
+
+def test_dense_passes_of_an_attached_model_are_its_own():
+    """Of one token by a cache that popmm has not read, and prompts that come token by token."""
+    model = tiny.dense("llama").to(torch.bfloat16)
+    with torch.no_grad():
+        cache = model(tiny.prompt(20)).past_key_values
+        expected = model(NEXT, past_key_values=copy.deepcopy(cache)).logits
+        with popmm.pruned(model, bytes=0.3) as state:
+            assert torch.equal(model(NEXT, past_key_values=cache).logits, expected)
+            assert state.passes["dense"] == 1
+            # one that shares the configuration, and is not attached
+            other = type(model)(model.config).eval().to(torch.bfloat16)
+            other.load_state_dict(model.state_dict())
+            cache = other(tiny.prompt(20)).past_key_values
+            assert torch.equal(other(NEXT, past_key_values=cache).logits, expected)
+
+
+def test_a_bias_keeps_its_gradient():
+    x, weight, bias = drawn(2, 64), drawn(32, 64), drawn(32).requires_grad_()
+    assert kernels.linear(x, weight, bias).requires_grad
+    kernels.linear(x, weight, bias).sum().backward()
+    assert bias.grad.eq(2).all()
+
+
+def test_autocast_decides_the_dtype():
+    model = tiny.dense("llama").to(torch.bfloat16)
+    with popmm.pruned(model, bytes=0.3) as state, torch.autocast("cpu", dtype=torch.float16):
+        model.generate(tiny.prompt(9), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert state.passes["decode"] == 3
+        assert kernels.linear(drawn(1, 64), drawn(32, 64)).dtype == torch.float16
+
+
+def test_weights_that_compute_otherwise_are_left_to_torch():
+    class Other(torch.Tensor):
+        pass
+
+    assert operators.serves_few(drawn(32, 64), None)
+    assert not operators.serves_few(drawn(32, 64).as_subclass(Other), None)
+    assert not operators.serves_few(drawn(32, 64), drawn(1)) and not operators.serves_few(
+        drawn(1, 64).expand(8, 64), None
+    )
+    with pytest.raises(RuntimeError, match=r"as many numbers \(64\)"):
+        operators.few_linear(drawn(2, 64), drawn(1, 64).expand(8, 64), None)
+
+
+def test_a_layer_of_an_attached_model_is_not_copied():
+    model = tiny.dense("llama").to(torch.bfloat16)
+    with popmm.pruned(model, bytes=0.3), pytest.raises(RuntimeError, match="detach"):
+        copy.deepcopy(model.lm_head)
+    assert copy.deepcopy(model.lm_head) is not model.lm_head
+
+
+@pytest.mark.parametrize("settings", [dict(bytes=0.3), dict(lossless=True, draft_tokens=3)], ids=str)
+def test_steps_and_checks_attend_by_the_kernel(monkeypatch, settings):
+    model, calls = tiny.dense("llama").to(torch.bfloat16), []
+    own = operators.attend
+    monkeypatch.setattr(operators, "attend", lambda q, *rest: calls.append(q.shape[2]) or own(q, *rest))
+    with popmm.pruned(model, **settings):
+        model.generate(tiny.prompt(9), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert max(calls) == (4 if "lossless" in settings else 1) and 1 in calls
+
+
+def test_headless_decoders_compile_in_one_graph():
+    """Nobody has asked for the operators before: in a process of its own."""
+    code = """if 1:
+        import sys; sys.path.insert(0, "tests")
+        import popmm, tiny, torch
+        model = tiny.dense("gpt2").to(torch.bfloat16).transformer
+        popmm.attach(model, ffn_ratio=0.3, selection="mask")
+        with torch.no_grad():
+            cache = model(tiny.prompt(9), use_cache=True).past_key_values
+            torch.compile(model, fullgraph=True, backend="eager")(torch.tensor([[5]]), past_key_values=cache)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -7,6 +7,7 @@ from matrix import MODELS, generate
 
 import popmm
 from popmm.kernels import planes
+from popmm.runtime.phase import Phase
 
 NAMES = ["llama", "qwen2", "phi", "mixtral", "gpt-oss", "deepseek-v3", "llava (pictures)"]  # with biases and without
 
@@ -85,7 +86,7 @@ def test_models_that_ask_for_the_name_of_their_attention_keep_it():
         pytest.skip("no such model")
     from popmm.runtime.attention import attention_overrides
 
-    assert attention_overrides(MODELS["llama"].build().model)
+    assert attention_overrides(MODELS["llama"].build().model, Phase())
     with torch.device("meta"):
         model = transformers.DeepseekV32Model(transformers.DeepseekV32Config(num_hidden_layers=1))
-    assert not attention_overrides(model)
+    assert not attention_overrides(model, Phase())
