@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from popmm.adapters.vlm import Surroundings
@@ -65,7 +66,8 @@ def wire(
     overrides = [Override(model, name, ours) for name, ours in around]
     overrides += [Override(*refusal) for refusal in refused_batching(model, runner)]
     overrides += [override for layer in rest for override in layer.overrides()]
-    operators.available()  # before anything is compiled
+    if any(p.is_cpu and p.dtype == torch.bfloat16 for p in decoder.parameters()):
+        operators.available()  # ``kernels.linear`` asks, and compiled code must find the answer
     few = list(few_overrides(model, decoder, runner.phase)) if runner.partitions.prunes else []
     taken = {id(layer.module) for layer in rest}
     overrides += [override for override in few if id(override.module) not in taken]

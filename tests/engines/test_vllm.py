@@ -31,7 +31,7 @@ from popmm.engines.vllm.quantization import PopmmConfig
 
 TOKENS = 20
 # of log-probabilities: vectors are rounded to 8 bits and channels chosen, which a last bit before may tip over
-CLOSE, TIED = 0.05, 0.15
+CLOSE, TIED = 0.05, 0.12
 PROMPTS = ["Once upon a time", "The little dog was very happy because", "Tom and Mia went to the big park. They saw"]
 TIERS = dict(bytes=0.266)
 
@@ -97,7 +97,7 @@ def off(output, expected):
             gap = float(logprobs[step, tokens[step]] - logprobs[step, own])
             assert gap < TIED, f"step {step}: {own} for {tokens[step]}, {gap:.3f} apart"
             break
-    assert max(found) < 5 * CLOSE, f"step {found.index(max(found))}: {max(found):.3f} off"
+    assert max(found) < 3 * CLOSE, f"step {found.index(max(found))}: {max(found):.3f} off"
     return statistics.mean(found)
 
 
